@@ -67,23 +67,62 @@ class Up(nn.Module):
 
 # %% ../nbs/03_unet_model.ipynb #db9ec6df
 _MAX_DEPTH = 8
+_MEANING = {
+    "n_channels": "the number of channels of the images (1 grey, 3 RGB)",
+    "n_classes": "the number of logit maps (1 for foreground or not)",
+    "width": "the number of channels at full size",
+    "depth": "the number of times the image is halved",
+}
 
 
-def _whole_number(name: str, value: int, meaning: str, largest: int | None = None) -> int:
-    "`value` as a plain int in 1..largest, or an error that names the argument."
-    whole = hasattr(value, "__index__") and not isinstance(value, bool)
-    if not whole or value < 1 or (largest is not None and value > largest):
-        limit = "1 or more" if largest is None else f"from 1 to {largest}"
-        raise ValueError(f"{name}={value!r}: {name} is {meaning}, a whole number, {limit}.")
-    return int(value)
+def _checked_config(**arguments: int | bool) -> dict:
+    "The constructor's arguments as plain Python values; ValueError names the one that makes no sense."
+    for name, value in arguments.items():
+        if name == "bilinear":
+            if not isinstance(value, bool):
+                raise ValueError(f"bilinear={value!r}: bilinear is True or False; give width and depth by name.")
+            continue
+        largest = _MAX_DEPTH if name == "depth" else None
+        whole = hasattr(value, "__index__") and not isinstance(value, bool)
+        if not whole or value < 1 or (largest is not None and value > largest):
+            limit = f"from 1 to {largest}" if largest else "1 or more"
+            raise ValueError(f"{name}={value!r}: {name} is {_MEANING[name]}, a whole number, {limit}.")
+    return {name: value if isinstance(value, bool) else int(value) for name, value in arguments.items()}
 
 # %% ../nbs/03_unet_model.ipynb #9a13695a
+def _check_images(images: Tensor, n_channels: int, depth: int, training: bool) -> None:
+    "Say what is wrong with a batch before a convolution says it less clearly."
+    shape = tuple(images.shape)
+    if images.ndim != 4 or 0 in shape[2:]:
+        raise ValueError(f"images have the shape {shape}: expected (N, {n_channels}, H, W) with H, W >= 1.")
+    if shape[1] != n_channels:
+        raise ValueError(
+            f"images have {shape[1]} channels (shape {shape}), this model takes {n_channels}: "
+            f"convert the images or build UNet(n_channels={shape[1]}, ...)."
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: expected floats; for bytes use images.float() / 255.")
+    if training and shape[0] == 1 and max(shape[2:]) <= 2**depth:
+        raise ValueError(
+            f"one image of {shape[2]}x{shape[3]} shrinks to a single value at depth={depth}, and batch "
+            "normalisation cannot be trained on one value: use a larger image or batch, or a smaller depth."
+        )
+
+# %% ../nbs/03_unet_model.ipynb #8915d688
+def _channel_plan(width: int, depth: int, bilinear: bool) -> tuple[list[int], list[int]]:
+    "Channels of the maps on the way down (the bottom last), and of those on the way up (full size last)."
+    down = [width * 2**level for level in range(depth + 1)]
+    if bilinear:
+        return [*down[:-1], down[-1] // 2], [channels // 2 for channels in down[-2:0:-1]] + [width]
+    return down, down[-2::-1]
+
+# %% ../nbs/03_unet_model.ipynb #6138d945
 class UNet(nn.Module):
-    """The classic U-Net with batch normalisation and same padding: (N, n_channels, H, W) -> logits (N, n_classes, H, W).
+    """The classic U-Net (batch norm, same padding): (N, n_channels, H, W) -> logits (N, n_classes, H, W).
 
     Any H, W >= 1: odd sizes are pooled upwards and each step up returns to its skip's exact size. Images are floats
     (float32, or lower under autocast). Raises ValueError for arguments or images that don't fit.
-    Source: Ronneberger, Fischer, Brox: U-Net, MICCAI 2015.
+    `config` is the dict of the arguments. Source: Ronneberger, Fischer, Brox: U-Net, MICCAI 2015.
     """
 
     def __init__(
@@ -95,25 +134,18 @@ class UNet(nn.Module):
         depth: int = 4,  # Steps down, 1 to 8
     ):
         super().__init__()
-        if not isinstance(bilinear, bool):
-            raise ValueError(f"bilinear={bilinear!r}: bilinear is True or False; give width=... and depth=... by name.")
-        self.n_channels = _whole_number("n_channels", n_channels, "the number of channels of the images")
-        self.n_classes = _whole_number("n_classes", n_classes, "the number of logit maps (1 for foreground or not)")
-        self.bilinear = bilinear
-        self.width = _whole_number("width", width, "the number of channels at full size")
-        self.depth = _whole_number("depth", depth, "the number of times the image is halved", _MAX_DEPTH)
-
-        skips = [self.width * 2**level for level in range(self.depth)]
-        bottom = self.width * 2**self.depth // (2 if bilinear else 1)
-        ups = [skip // 2 if bilinear and level > 0 else skip for level, skip in enumerate(skips)]
-        self.pool = nn.MaxPool2d(2, ceil_mode=True)
-        self.stem = DoubleConv(self.n_channels, self.width)
-        self.downs = nn.ModuleList(DoubleConv(a, b) for a, b in zip(skips, [*skips[1:], bottom]))
-        self.ups = nn.ModuleList(
-            Up(below, skip, out, bilinear)
-            for below, skip, out in zip([bottom, *ups[:0:-1]], skips[::-1], ups[::-1])
+        self.config = _checked_config(
+            n_channels=n_channels, n_classes=n_classes, bilinear=bilinear, width=width, depth=depth
         )
-        self.head = nn.Conv2d(self.width, self.n_classes, kernel_size=1)
+        self.n_channels, self.n_classes = self.config["n_channels"], self.config["n_classes"]
+        down, up = _channel_plan(self.config["width"], self.config["depth"], bilinear)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.stem = DoubleConv(self.n_channels, down[0])
+        self.downs = nn.ModuleList(DoubleConv(a, b) for a, b in zip(down, down[1:]))
+        self.ups = nn.ModuleList(
+            Up(below, skip, out, bilinear) for below, skip, out in zip([down[-1], *up], down[-2::-1], up)
+        )
+        self.head = nn.Conv2d(up[-1], self.n_classes, kernel_size=1)
 
     def forward(
         self,
@@ -121,39 +153,15 @@ class UNet(nn.Module):
     ) -> Tensor:  # Logits, (N, n_classes, H, W)
         "Down the stairs keeping every map, up again joining them."
         if not torch.jit.is_tracing():
-            self._check(images)
-        x = self.stem(images)
-        skips = []
+            _check_images(images, self.n_channels, len(self.downs), training=self.downs[-1][1].training)
+        maps = [self.stem(images)]
         for down in self.downs:
-            skips.append(x)
-            x = down(self.pool(x))
+            maps.append(down(self.pool(maps[-1])))
+        x = maps.pop()
         for up in self.ups:
-            x = up(x, skips.pop())
+            x = up(x, maps.pop())
         return self.head(x)
-
-    def _check(self, images: Tensor) -> None:
-        "Say what is wrong with a batch before a convolution says it less clearly; looks at shapes only."
-        shape = tuple(images.shape)
-        if images.ndim != 4 or 0 in shape[2:]:
-            raise ValueError(f"images have the shape {shape}: expected (N, {self.n_channels}, H, W) with H, W >= 1.")
-        if shape[1] != self.n_channels:
-            raise ValueError(
-                f"images have {shape[1]} channels (shape {shape}), this model takes {self.n_channels}: "
-                f"convert the images or build UNet(n_channels={shape[1]}, ...)."
-            )
-        if not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}: expected floats; for bytes use images.float() / 255.")
-        if self.training and shape[0] == 1 and max(shape[2:]) <= 2**self.depth:
-            raise ValueError(
-                f"one image of {shape[2]}x{shape[3]} shrinks to a single value at depth={self.depth}, and batch "
-                "normalisation cannot be trained on one value: use a larger image or batch, or a smaller depth."
-            )
 
     def get_model_size(self) -> int:  # Number of parameters
         "How many parameters the model has, all of them, trained or frozen."
         return sum(p.numel() for p in self.parameters())
-
-    @property
-    def config(self) -> dict:  # Plain Python values, in the order of the constructor
-        "The arguments that build this model again: `UNet(**model.config)`."
-        return {name: getattr(self, name) for name in ("n_channels", "n_classes", "bilinear", "width", "depth")}

@@ -1,0 +1,179 @@
+"""The panel in a real kernel, driven over its comms as a front end does, without a browser."""
+import queue
+import time
+
+import pytest
+from jupyter_client.manager import start_new_kernel
+
+SETUP = """
+import logging, threading, time, torch
+from unet_nbtrain import TrainerPanel, UNet, demo_dataloaders
+torch.set_num_threads(1)
+loaders = demo_dataloaders(n_train=24, n_val=4, size=64, batch_size=2, num_workers={workers})
+panel = TrainerPanel(UNet(3, 1, width=8, depth=2), loaders, num_epochs=500, device="cpu", run_dir={run!r})
+panel.show()
+"""
+
+
+class Kernel:
+    """A kernel, and what its comms have told so far"""
+
+    def __init__(self, cwd):
+        self.manager, self.client = start_new_kernel(cwd=str(cwd))
+        self.models, self.displays = {}, []
+
+    def close(self):
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+    def _hear(self, message):
+        content, kind = message["content"], message["msg_type"]
+        if kind == "comm_open":
+            self.models[content["comm_id"]] = dict(content["data"].get("state", {}))
+        elif kind == "comm_msg" and content["data"].get("method") == "update":
+            self.models.setdefault(content["comm_id"], {}).update(content["data"]["state"])
+        elif kind in ("display_data", "update_display_data"):
+            self.displays.append((kind, content["data"]))
+
+    def drain(self, seconds=0.05):
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            try:
+                self._hear(self.client.get_iopub_msg(timeout=left))
+            except queue.Empty:
+                return
+
+    def send(self, code):
+        return self.client.execute(code, user_expressions={})
+
+    def run(self, code, timeout=60):
+        """Run a cell to its end; the text of its last expression"""
+        identity = self.client.execute(f"_ = eval({code!r})" if "\n" not in code else code, user_expressions={"it": "_"})
+        while True:
+            reply = self.client.get_shell_msg(timeout=timeout)
+            if reply["parent_header"].get("msg_id") == identity:
+                break
+        self.drain()
+        assert reply["content"]["status"] == "ok", reply["content"].get("traceback")
+        return reply["content"]["user_expressions"]["it"].get("data", {}).get("text/plain")
+
+    def button(self, text):
+        return next((i for i, s in self.models.items() if s.get("_model_name") == "ButtonModel" and s.get("description") == text), None)
+
+    def click(self, text, subshell=None):
+        self.until(lambda: self.button(text), f"a button {text}")
+        data = {"comm_id": self.button(text), "data": {"method": "custom", "content": {"event": "click"}}}
+        message = self.client.session.msg("comm_msg", data)
+        if subshell:
+            message["header"]["subshell_id"] = subshell
+        self.client.shell_channel.send(message)
+
+    def markup(self):
+        return "".join(str(state.get("value", "")) for state in self.models.values() if state.get("_model_name") == "HTMLModel")
+
+    def until(self, condition, what, seconds=20):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if condition():
+                return
+            self.drain()
+        raise AssertionError(f"no {what} within {seconds} s; the panel says: {self.markup()[-1500:]}")
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    kernel = Kernel(tmp_path)
+    yield kernel
+    kernel.close()
+
+
+def open_panel(kernel, tmp_path, workers=0):
+    kernel.run(SETUP.format(workers=workers, run=str(tmp_path / "run")))
+
+
+def test_buttons_steer_a_training(kernel, tmp_path):
+    open_panel(kernel, tmp_path)
+    kernel.click("Start")
+    kernel.until(lambda: kernel.button("Pause"), "Pause button")
+    kernel.until(lambda: ">training<" in kernel.markup(), "badge 'training'")
+
+    began = time.monotonic()
+    assert kernel.run("1 + 1") == "2"
+    assert time.monotonic() - began < 1
+
+    kernel.click("Pause")
+    kernel.until(lambda: ">paused<" in kernel.markup(), "badge 'paused'")
+    steps = kernel.run("panel.trainer.global_step")
+    time.sleep(0.5)
+    assert kernel.run("panel.trainer.global_step") == steps
+
+    kernel.click("Resume")
+    kernel.until(lambda: int(kernel.run("panel.trainer.global_step")) > int(steps), "further step")
+    kernel.until(lambda: int(kernel.run("panel.trainer.current_epoch")) >= 1, "finished epoch")
+    kernel.click("Stop")
+    kernel.until(lambda: kernel.button("Continue"), "Continue button")
+    same = "all((a == b).all() for a, b in zip(torch.load(panel.trainer.checkpoint_dir / 'best_model.pth')['model_state_dict'].values(), panel.trainer.model.state_dict().values())).item()"
+    assert kernel.run(same) == "True"
+
+
+def test_what_the_saved_notebook_keeps(kernel, tmp_path):
+    open_panel(kernel, tmp_path)
+    shown = kernel.displays[0][1]
+    assert {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"} <= set(shown)
+    kernel.run("setattr(panel, 'num_epochs', 1)")
+    kernel.run("panel.start().wait(60)")
+    kernel.until(lambda: any(kind == "update_display_data" for kind, _ in kernel.displays), "refreshed picture")
+    final = [data for kind, data in kernel.displays if kind == "update_display_data"][-1]
+    assert final["image/png"] != shown["image/png"]
+    assert "finished, 1 of 1 epochs done" in final["text/plain"]
+
+
+def test_click_works_while_a_cell_is_busy(kernel, tmp_path):
+    """JupyterLab sends clicks to a subshell; with our opt-out they are handled although a cell runs"""
+    open_panel(kernel, tmp_path)
+    request = kernel.client.session.msg("create_subshell_request", {})
+    kernel.client.control_channel.send(request)
+    subshell = kernel.client.get_control_msg(timeout=10)["content"]["subshell_id"]
+    kernel.click("Start", subshell)
+    kernel.until(lambda: kernel.button("Pause"), "Pause button")
+    busy = "import time\nend = time.time() + 6\nwhile time.time() < end: sum(range(1000))\n_ = 0"
+    identity = kernel.send(busy)
+    time.sleep(1)
+    began = time.monotonic()
+    kernel.click("Pause", subshell)
+    kernel.until(lambda: ">paused<" in kernel.markup(), "badge 'paused'")
+    took = time.monotonic() - began
+    assert took < 3, f"a click took {took:.1f} s while a cell was busy"
+    while kernel.client.get_shell_msg(timeout=30)["parent_header"].get("msg_id") != identity:
+        pass
+
+
+def test_interrupt_leaves_background_training_alone(kernel, tmp_path):
+    """The interrupt goes to the whole process group; our loader's workers ignore it"""
+    open_panel(kernel, tmp_path, workers=1)
+    identity = kernel.send("panel.start()\ntime.sleep(30)")
+    kernel.until(lambda: ">training<" in kernel.markup(), "badge 'training'", 40)
+    kernel.manager.interrupt_kernel()
+    reply = kernel.client.get_shell_msg(timeout=10)
+    while reply["parent_header"].get("msg_id") != identity:
+        reply = kernel.client.get_shell_msg(timeout=10)
+    assert reply["content"]["ename"] == "KeyboardInterrupt"
+    steps = int(kernel.run("panel.trainer.global_step"))
+    time.sleep(7)  # PyTorch notices dead workers after five seconds
+    assert kernel.run("panel.trainer.run.state") == "'running'"
+    assert int(kernel.run("panel.trainer.global_step")) > steps
+    kernel.run("panel.stop().wait(30)")
+
+
+def test_interrupt_of_a_blocking_training_is_a_stop(kernel, tmp_path):
+    open_panel(kernel, tmp_path)
+    identity = kernel.send("history = panel.trainer.train(500)")
+    time.sleep(3)
+    kernel.manager.interrupt_kernel()
+    reply = kernel.client.get_shell_msg(timeout=10)
+    while reply["parent_header"].get("msg_id") != identity:
+        reply = kernel.client.get_shell_msg(timeout=10)
+    assert reply["content"]["status"] == "ok"
+    assert kernel.run("panel.trainer.run.reason") == "'stopped by a command'"
+    steps = int(kernel.run("panel.trainer.global_step"))
+    assert steps > 0 and kernel.run("torch.load(panel.trainer.checkpoint_dir / 'last.pth')['global_step']") == str(steps)

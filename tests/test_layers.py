@@ -1,0 +1,139 @@
+"""The number of a notebook is the import order: a module knows only lower numbers, and only the libraries its room allows.
+
+Two rooms may share a number; then neither knows the other.
+"""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nbtools import PACKAGE, ROOT, notebooks
+
+import unet_nbtrain
+
+ORDER = {nb.default_exp: nb.order for nb in notebooks(module_only=True)}
+NOT_A_ROOM = {"__init__", "_modidx"}
+
+# What a room may import beside the standard library and lower rooms. A room that is not listed may use torch and numpy.
+ALLOWED = {
+    "text": set(),
+    "image_files": {"numpy", "PIL"},
+    "dataset": {"torch", "numpy", "PIL"},
+    "history": {"numpy"},
+    "control": set(),
+    "loggers": {"torch", "numpy", "tensorboard", "tqdm"},
+    "plots": {"torch", "numpy", "PIL", "matplotlib"},
+    "view": set(),
+    "panel": {"numpy", "PIL", "ipywidgets", "IPython"},
+}
+
+
+def imported(source, package="unet_nbtrain"):
+    """Every dotted name that a module of `package` imports, at any depth; relative imports are made absolute."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            if base in (package, "torch.utils"):
+                found |= {f"{base}.{alias.name}" for alias in node.names}
+            else:
+                found.add(base)
+    return found
+
+
+def wrong_rooms(name, source, order):
+    """The own modules that `name` imports although they do not come before it."""
+    own = {o.split(".")[1] for o in imported(source) if o.startswith("unet_nbtrain.")}
+    return sorted(room for room in own if order.get(room, 1000) >= order[name])
+
+
+def wrong_libraries(name, source):
+    """The libraries that `name` imports although its room does not allow them."""
+    allowed = ALLOWED.get(name, {"torch", "numpy"})
+    found = {"tensorboard" if o.startswith("torch.utils.tensorboard") else o.split(".")[0] for o in imported(source)}
+    return sorted(found - allowed - set(sys.stdlib_module_names) - {"unet_nbtrain"})
+
+
+def modules():
+    return [path for path in sorted(PACKAGE.glob("*.py")) if path.stem not in NOT_A_ROOM]
+
+
+def test_every_module_has_its_notebook():
+    """A renamed `default_exp` leaves the old module in place: nbdev does not delete it."""
+    assert {path.stem for path in modules()} == set(ORDER)
+
+
+def test_file_names_tell_the_module_and_its_number():
+    for nb in notebooks(module_only=True):
+        assert nb.path.stem == f"{nb.order:02d}_{nb.default_exp}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+def test_a_module_imports_only_lower_numbers(path):
+    wrong = wrong_rooms(path.stem, path.read_text(encoding="utf-8"), ORDER)
+    assert not wrong, f"{path.name} (number {ORDER[path.stem]}) imports {wrong}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+def test_a_module_imports_only_what_its_room_allows(path):
+    wrong = wrong_libraries(path.stem, path.read_text(encoding="utf-8"))
+    assert not wrong, f"{path.name} imports {wrong}"
+
+
+def test_the_rules_can_fail():
+    order = {"core": 0, "losses": 2, "trainer": 15}
+    assert wrong_rooms("losses", "from .trainer import UNetTrainer", order) == ["trainer"]
+    assert wrong_rooms("losses", "def f():\n    import unet_nbtrain.trainer", order) == ["trainer"]
+    assert wrong_rooms("losses", "from . import losses, trainer", order) == ["losses", "trainer"]
+    assert wrong_rooms("losses", "from unet_nbtrain.nowhere import x", order) == ["nowhere"]
+    assert wrong_rooms("losses", "from unet_nbtrain import UNet", order) == ["UNet"]
+    assert wrong_rooms("trainer", "from .core import move\nimport torch", order) == []
+    assert wrong_libraries("trainer", "import os, torch\nfrom matplotlib.figure import Figure") == ["matplotlib"]
+    assert wrong_libraries("trainer", "def f():\n    from torch.utils.tensorboard import SummaryWriter") == ["tensorboard"]
+    assert wrong_libraries("trainer", "from torch.utils import tensorboard") == ["tensorboard"]
+    assert wrong_libraries("history", "import torch.nn, json") == ["torch"]
+    assert wrong_libraries("control", "import numpy as np, threading") == ["numpy"]
+    assert wrong_libraries("core", "from fastcore.all import *\nimport nbdev.export") == ["fastcore", "nbdev"]
+    assert wrong_libraries("panel", "import ipywidgets\nfrom IPython.display import display") == []
+
+
+def loaded_after(code):
+    """Which of the heavy libraries a fresh interpreter has loaded after `code`, run outside the repository."""
+    heavy = ["matplotlib", "ipywidgets", "tensorboard", "IPython", "torch", "nbdev", "fastcore"]
+    code = f"import sys; {code}; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(ROOT.anchor), timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert loaded_after("import unet_nbtrain") == set()
+
+
+def test_the_rooms_below_plots_and_panel_load_neither():
+    """The trainer and all that it uses: a training without a notebook needs no widgets, and TensorBoard only once it logs."""
+    rooms = [f"unet_nbtrain.{room}" for room, order in ORDER.items() if order < ORDER.get("plots", 17)]
+    assert loaded_after(f"import {', '.join(rooms)}") <= {"torch"}
+
+
+def test_the_public_names_are_listed():
+    assert {"UNet", "UNetTrainer", "TrainerPanel", "__version__"} <= set(unet_nbtrain.__all__) <= set(dir(unet_nbtrain))
+
+
+@pytest.mark.parametrize("name", unet_nbtrain._HOME)
+def test_a_public_name_resolves(name):
+    module = importlib.import_module(f"unet_nbtrain.{unet_nbtrain._HOME[name]}")
+    assert getattr(unet_nbtrain, name) is getattr(module, name)
+    assert name in module.__all__
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(AttributeError, match=r"no attribute 'UNett'.*TrainerPanel.*UNetTrainer"):
+        unet_nbtrain.UNett  # noqa: B018
+    with pytest.raises(ImportError):
+        from unet_nbtrain import Nothing  # noqa: F401
