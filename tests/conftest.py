@@ -4,6 +4,9 @@ import os
 
 import pytest
 
+# Read once, when torch is loaded: its idle threads sleep instead of spinning, which matters as soon as cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 REQUIRE_BROWSER = os.environ.get("REQUIRE_BROWSER") == "1"
 _ran_in_browser = []
 

@@ -102,6 +102,8 @@ def _is_name(node, name):
 def documentation(source):
     """Every public function, class and method has a docstring; every parameter and field an annotation and a docment.
 
+    A public class answers also for the methods that it inherits from private ones of its module.
+
     A docment is a comment on the line on which the parameter ends, and no other parameter shares that line. The hooks of
     observers (`on_epoch_end` and the like) need a docstring only: their parameters are one contract, described once.
     """
@@ -159,7 +161,7 @@ def _class_findings(node, comments):
     decorators = " ".join(ast.unparse(o) for o in [*node.decorator_list, *node.bases])
     holds_fields = any(word in decorators for word in ("dataclass", "NamedTuple", "TypedDict"))
     for item in node.body:
-        if isinstance(item, _Function) and item.name == "__init__":
+        if isinstance(item, _Function) and item.name == "__init__" and _is_public(node.name):
             told = list(_function_findings(item, f"{node.name}.__init__", comments))
             yield from (o for o in told if not o.endswith("no docstring"))
         elif isinstance(item, _Function) and _is_public(item.name):

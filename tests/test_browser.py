@@ -78,6 +78,7 @@ def step(lab):
 
 def shot(lab, name):
     lab.page.evaluate("document.activeElement.blur()")
+    lab.page.wait_for_timeout(1000)  # At the end of a run the panel is rendered anew, once
     lab.panel().screenshot(path=SHOTS / f"{name}.png")
 
 

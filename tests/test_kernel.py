@@ -112,7 +112,8 @@ def test_buttons_steer_a_training(kernel, tmp_path):
     kernel.until(lambda: int(kernel.run("panel.trainer.current_epoch")) >= 1, "finished epoch")
     kernel.click("Stop")
     kernel.until(lambda: kernel.button("Continue"), "Continue button")
-    same = "all((a == b).all() for a, b in zip(torch.load(panel.trainer.checkpoint_dir / 'best_model.pth')['model_state_dict'].values(), panel.trainer.model.state_dict().values())).item()"
+    best = "torch.load(panel.trainer.checkpoint_dir / 'best_model.pth')['model_state_dict']"
+    same = f"all(map(torch.equal, {best}.values(), panel.trainer.model.state_dict().values()))"
     assert kernel.run(same) == "True"
 
 

@@ -27,7 +27,7 @@ ALLOWED = {
     "loggers": {"torch", "numpy", "tensorboard", "tqdm"},
     "plots": {"torch", "numpy", "PIL", "matplotlib"},
     "view": set(),
-    "panel": {"numpy", "PIL", "ipywidgets", "IPython"},
+    "panel": {"torch", "numpy", "PIL", "ipywidgets", "IPython"},
 }
 
 

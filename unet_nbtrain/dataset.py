@@ -62,25 +62,17 @@ class SegmentationDataset(Dataset):
         cache: bool = True,  # Whether to decode everything now and keep it in memory
     ):
         if len(images) != len(masks) or not len(images) or n_classes < 1:
-            raise ValueError(f"{len(images)} images, {len(masks)} masks, n_classes={n_classes}: as many masks as images, and at least one of each.")
+            raise ValueError(f"{len(images)} images, {len(masks)} masks, n_classes={n_classes}: there must be as many masks as images, and at least one.")
         self.images, self.masks = list(images), list(masks)
         self.n_classes, self.foreground, self.ignore_index = n_classes, foreground, ignore_index
         self.n_channels = n_channels or _common_channels({read_header(o).channels for o in self.images})
         self.image_size, self.crop, self.augment, self.seed = _pair_of(image_size), _pair_of(crop), augment, seed
         self.names = list(names or (o.name if isinstance(o, Path) else str(i) for i, o in enumerate(self.images)))
-        self._cache = None
-        if cache:
-            with ThreadPoolExecutor() as pool:
-                self._cache = list(pool.map(self.arrays, range(len(self))))
+        self._cache = _read_all(self) if cache else None
 
     def __len__(self) -> int:
         "Number of images"
         return len(self.images)
-
-    @property
-    def cached(self) -> bool:
-        "Whether the decoded images are kept in memory"
-        return self._cache is not None
 
     def name_of(
         self,
@@ -94,24 +86,32 @@ class SegmentationDataset(Dataset):
         index: int,  # Position, or a `SampleKey`
     ) -> tuple[np.ndarray, np.ndarray]:  # Image (C, H, W), uint8, uint16 or float32; mask (H, W), uint8 or int32
         "Image and mask as they are kept in memory: decoded and resized, not cropped, not augmented."
-        if self.cached:
-            return self._cache[index]
-        image = read_image(self.images[index], self.n_channels)
-        mask = read_mask(self.masks[index], self.n_classes, self.foreground, self.ignore_index)
-        if image.shape[1:] != mask.shape:
-            raise ValueError(f"{self.name_of(index)}: the image is {image.shape[1:]} and its mask {mask.shape} (height, width).")
-        return _resize(image, mask, self.image_size) if self.image_size else (image, mask)
+        return self._cache[index] if self._cache else _read_pair(self, index)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Image float32 (C, H, W) in [0, 1]; mask float32 (1, H, W) for one class, int64 (H, W) for several"
-        image, mask = self.arrays(index)
-        when = (getattr(index, "epoch", 0), index)
+        (image, mask), when = self.arrays(index), (getattr(index, "epoch", 0), index)
         if self.crop:
             image, mask = random_crop(image, mask, self.crop, derive_seed(self.seed, "crop", *when))
         image, mask = _to_float(image), torch.from_numpy(mask)
         if self.augment is not None:
             image, mask = self.augment(image, mask, derive_seed(self.seed, "augment", *when))
         return image, mask[None].float() if self.n_classes == 1 else mask.long()
+
+# %% ../nbs/06_dataset.ipynb #0785bb0f
+def _read_pair(dataset, index):
+    "Decode and resize one image and its mask"
+    image = read_image(dataset.images[index], dataset.n_channels)
+    mask = read_mask(dataset.masks[index], dataset.n_classes, dataset.foreground, dataset.ignore_index)
+    if image.shape[1:] != mask.shape:
+        raise ValueError(f"{dataset.name_of(index)}: the image is {image.shape[1:]} and its mask {mask.shape} (height, width).")
+    return _resize(image, mask, dataset.image_size) if dataset.image_size else (image, mask)
+
+
+def _read_all(dataset):
+    "All pairs, in order"
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda i: _read_pair(dataset, i), range(len(dataset))))
 
 # %% ../nbs/06_dataset.ipynb #d9217931
 def _common_channels(found):

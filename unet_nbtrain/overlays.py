@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASS_COLORS', 'ERROR_COLORS', 'to_rgb', 'to_labels', 'overlay_mask', 'compare_labels', 'overlay_errors',
-           'image_dice', 'tile', 'sample_row']
+           'image_dice', 'tile', 'sample_rows']
 
 # %% ../nbs/14_overlays.ipynb #c7664100
 import math
@@ -177,18 +177,25 @@ def tile(
     return sheet
 
 # %% ../nbs/14_overlays.ipynb #0d013885
-def sample_row(
-    image: object,  # As for `to_rgb`
-    mask: object,  # The truth, as for `to_labels`
-    prediction: object | None = None,  # As for `to_labels`; `None` leaves out the last two pictures
-    name: str = "",  # A text for the first picture
+def sample_rows(
+    images: Sequence,  # N images, as for `to_rgb`
+    masks: Sequence,  # N masks: the truth, as for `to_labels`
+    predictions: Sequence | None = None,  # N predictions, as for `to_labels`; `None` leaves out the last two pictures
+    names: Sequence[str] | None = None,  # A text for each sample
     ignore_index: int | None = None,  # Mask value of pixels that count nowhere
     threshold: float = 0.5,  # Where probabilities are cut
-) -> list[tuple[str, np.ndarray, str]]:  # Title, picture (H, W, 3) uint8, and text for its corner
-    "The pictures of one sample: image, truth, prediction and errors, with the image's Dice."
-    row = [("image", to_rgb(image), str(name)), ("truth", overlay_mask(image, mask, ignore_index=ignore_index), "")]
-    if prediction is None:
-        return row
-    found = to_labels(prediction, threshold)
-    errors = overlay_errors(image, mask, found, ignore_index)
-    return [*row, ("prediction", overlay_mask(image, found), ""), ("errors", errors, f"Dice {image_dice(mask, found, ignore_index):.3f}")]
+    most: int | None = None,  # How many samples are shown, from the first on; `None` shows all
+) -> list[list[tuple[str, np.ndarray, str]]]:  # For each sample: title, picture (H, W, 3) uint8, text for its corner
+    "The pictures of samples: image, truth, prediction and errors, with the image's Dice; `ValueError` if the numbers differ."
+    lengths = [len(part) for part in (images, masks, predictions, names) if part is not None]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise ValueError(f"Give one mask for each image, and one prediction and one name if any: got {', '.join(map(str, lengths))}.")
+    rows = []
+    for i, (image, mask) in enumerate(list(zip(images, masks))[:most]):
+        truth = overlay_mask(image, mask, ignore_index=ignore_index)
+        rows.append([("image", to_rgb(image), str(names[i]) if names else ""), ("truth", truth, "")])
+        if predictions is not None:
+            found = to_labels(predictions[i], threshold)
+            errors = overlay_errors(image, mask, found, ignore_index), f"Dice {image_dice(mask, found, ignore_index):.3f}"
+            rows[-1] += [("prediction", overlay_mask(image, found), ""), ("errors", *errors)]
+    return rows

@@ -157,7 +157,7 @@ def _set_buttons(controls, state):
 class _Pump:
     "The thread that keeps a panel up to date"
 
-    BUDGET, SOONEST, LATEST, TEXT_EVERY = 0.02, 0.5, 10.0, 0.25
+    BUDGET, SOONEST, LATEST, TEXT_EVERY = 0.02, 0.5, 5.0, 0.25
 
     def __init__(self, paint, watcher):
         self.paint, self.watcher, self.closed = paint, watcher, False

@@ -18,23 +18,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from PIL import Image
 
 from .files import atomic_write
 from .history import History
-from .overlays import ERROR_COLORS, sample_row, tile
+from .overlays import ERROR_COLORS, sample_rows, tile
 from .scales import clear_spot, even_tick_texts, fit_ranges, fit_right, mark_texts, run_lines, thin, tick_text
 
 # %% ../nbs/17_plots.ipynb #238c436c
-_CSS_DPI = 100  # The resolution at which text of 9 points is comfortable in a notebook
-
-
 class _Picture(Figure):
     "A figure that a notebook displays without pyplot, at the same size whatever its resolution"
 
     def _repr_png_(self):
-        shrink = min(1.0, _CSS_DPI / self.dpi)
+        shrink = min(1.0, 100 / self.dpi)  # At 100 dots an inch, text of 9 points is comfortable in a notebook
         width, height = (self.get_size_inches() * self.dpi * shrink).astype(int)
         return save_png(self), {"width": int(width), "height": int(height)}
 
@@ -58,7 +55,7 @@ def save_png(
 # %% ../nbs/17_plots.ipynb #c68a41cf
 _TRAIN, _VAL, _AMBER = "#0072B2", "#D55E00", "#B87A00"
 _INK, _FAINT, _AXIS, _RULE = "#1f2328", "#57606a", "#8c959f", "#e4e7ea"
-_FONT = {"fontfamily": "DejaVu Sans", "fontstyle": "normal"}
+_FONT = {"fontfamily": "DejaVu Sans", "fontstyle": "normal", "fontweight": "normal", "parse_math": False, "usetex": False}
 _PLAIN = {"family": "DejaVu Sans", "style": "normal", "weight": "normal"}
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
 _LINE = {"linewidth": 1.8, "linestyle": "-", "markersize": 4.4, "markeredgecolor": "white", "markeredgewidth": 0.6,
@@ -72,16 +69,23 @@ _STYLES = {
 }
 
 
+class _EvenTicks(FuncFormatter):
+    "Labels with equal decimals, for a linear axis"
+
+    def format_ticks(self, values):
+        return even_tick_texts(values)
+
+
 def _tidy(ax, title, bins):
     "Give an axes its look: title on the left, two spines, a faint grid"
     ax.set_facecolor("white")
-    label = ax.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=_INK, pad=7, y=1.0, **_FONT)
-    ax.set_xlabel("epoch", fontsize=9, fontweight="normal", color=_FAINT, labelpad=3, **_FONT)
+    label = ax.set_title(title, loc="left", fontsize=11.5, color=_INK, pad=7, y=1.0, **{**_FONT, "fontweight": "bold"})
+    ax.set_xlabel("epoch", fontsize=9, color=_FAINT, labelpad=3, **_FONT)
     for side, spine in ax.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=_AXIS, linewidth=0.8)
     family = {"labelfontfamily": "DejaVu Sans"} if matplotlib.__version_info__ >= (3, 8) else {}
-    ax.tick_params(color=_AXIS, labelcolor=_INK, labelsize=9, length=3, width=0.8, pad=3, direction="out", **family)
-    ax.tick_params(left=True, bottom=True, top=False, right=False, labelleft=True, labelbottom=True, labeltop=False, labelright=False)
+    ax.tick_params(color=_AXIS, labelcolor=_INK, labelsize=9, length=3, width=0.8, pad=3, direction="out", left=True, bottom=True, top=False,
+                   right=False, labelleft=True, labelbottom=True, labeltop=False, labelright=False, **family)
     ax.grid(True, which="major", axis="both", color=_RULE, linewidth=0.7, linestyle="-", alpha=1)
     ax.set_axisbelow(True)
     ax.xaxis.set_major_locator(MaxNLocator(bins, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
@@ -102,16 +106,14 @@ class _Canvas:
         home = {"loss": self.axes[0], metric: self.axes[1], "lr": self.axes[2], "batch": self.axes[0]}
         names = ["batch", *(f"{kind}.{name}" for kind in ("train", "val", "best") for name in ("loss", metric)), "lr"]
         self.lines = {name: home[name.split(".")[-1]].add_line(Line2D([], [], **_STYLES[name.split(".")[0]], animated=animated)) for name in names}
-        band = Rectangle((0, 0), 0, 1, facecolor=_VAL, edgecolor="none", alpha=0.07, animated=animated, zorder=1)
-        self.band = self.axes[0].add_patch(band)
-        band.set_transform(self.axes[0].get_xaxis_transform())
+        band = {"transform": self.axes[0].get_xaxis_transform(), "facecolor": _VAL, "edgecolor": "none", "alpha": 0.07, "zorder": 1}
+        self.band = self.axes[0].add_patch(Rectangle((0, 0), 0, 1, animated=animated, **band))
         self.labels = {name: self._label(home[name], animated) for name in ("loss", metric)}
         self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color="#9aa2ab", fontsize=9.5, **_FONT)
                       for ax in self.axes]
-        handles = [Line2D([], [], **_STYLES[kind], label=label) for kind, label in
-                   (("train", "train"), ("val", "validation"), ("batch", "each batch"))]
+        told = {"train": "train", "val": "validation", "batch": "each batch"}
         self.axes[0].legend(
-            handles=handles, loc="lower right", bbox_to_anchor=(1, 0.995), ncols=3, frameon=False, prop={**_PLAIN, "size": 8.5}, labelcolor=_FAINT,
+            handles=[Line2D([], [], **_STYLES[kind], label=label) for kind, label in told.items()], loc="lower right", bbox_to_anchor=(1, 0.995), ncols=3, frameon=False, prop={**_PLAIN, "size": 8.5}, labelcolor=_FAINT,
             handlelength=1.6, handleheight=0.7, handletextpad=0.5, columnspacing=1.2, borderpad=0.2, borderaxespad=0.1, labelspacing=0.5,
             numpoints=1, markerscale=1)
 
@@ -120,7 +122,21 @@ class _Canvas:
         "A text with a thin line to the point that it names"
         pointer = {"arrowstyle": "-", "color": _VAL, "linewidth": 0.8, "shrinkA": 4, "shrinkB": 7}
         return ax.annotate("", (0, 0), (0.5, 0.5), textcoords="axes fraction", arrowprops=pointer, ha="center", va="center", fontsize=8.5,
-                           fontweight="normal", color=_VAL, path_effects=_HALO, animated=animated, zorder=8, **_FONT)
+                           color=_VAL, path_effects=_HALO, animated=animated, zorder=8, **_FONT)
+
+    def _name_best(self, now):
+        "The labels of the stars, and the band from the best epoch to now"
+        for name, label in self.labels.items():
+            star = self.lines[f"best.{name}"]
+            label.set_visible(len(star.get_xdata()) > 0)
+            if label.get_visible():
+                label.xy = star.get_xdata()[0], star.get_ydata()[0]
+                label.set_text(f"best {label.xy[1]:.3f}" if 5e-3 <= abs(label.xy[1]) < 1e4 else f"best {tick_text(label.xy[1])}")
+                place = (star.axes.transData - star.axes.transAxes).transform
+                lines = [line.get_xydata() for key, line in self.lines.items() if line.axes is star.axes and not key.startswith("best")]
+                label.set_position(clear_spot(place(label.xy), place(np.concatenate(lines)), upwards=name == "loss"))
+        best = self.lines["best.loss"].get_xdata()
+        self.band.set_bounds(best[0] if len(best) else 0, 0, now - best[0] if len(best) else 0, 1)
 
 # %% ../nbs/17_plots.ipynb #4207f66c
 def _draw_marks(axes, events, right):
@@ -138,59 +154,14 @@ def _draw_marks(axes, events, right):
     for x, text, late in mark_texts(events, right):
         artists.append(axes[0].annotate(
             text, (x, 1), (-4 if late else 4, -1), xycoords=axes[0].get_xaxis_transform(), textcoords="offset points", va="top",
-            ha="right" if late else "left", fontsize=7.5, fontweight="normal", color=_FAINT, path_effects=_HALO, zorder=8, **_FONT))
+            ha="right" if late else "left", fontsize=7.5, color=_FAINT, path_effects=_HALO, zorder=8, **_FONT))
     return artists
 
 # %% ../nbs/17_plots.ipynb #35f230ed
-class _EvenTicks(FuncFormatter):
-    "Labels with equal decimals, for a linear axis"
-
-    def format_ticks(self, values):
-        return even_tick_texts(values)
-
-
-class _Dress(_Canvas):
-    "The background of a run's figure, and the labels on it"
+class _Curves(_Canvas):
+    "The figure of a run, filled"
 
     ranges, right, key, marks = (None, None, None), None, None, ()
-
-    def _redress(self, events, started, epochs):
-        "Everything that is not an animated artist: scales, limits, ticks, titles, hints, marks"
-        for ax, title, name, known in zip(self.axes, self.titles, self.names, self.ranges):
-            log = known is not None and known.log
-            decades = known.high - known.low if log else 0
-            locator = LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=8) if log else MaxNLocator(6, steps=[1, 2, 5, 10])
-            ax.set_yscale("log" if log else "linear")
-            ax.yaxis.set_major_locator(locator)
-            ax.yaxis.set_major_formatter(FuncFormatter(tick_text) if log else _EvenTicks(tick_text))
-            for axis in (ax.xaxis, ax.yaxis):
-                axis.set_minor_locator(NullLocator())
-            ax.set(xlim=(-0.015 * self.right, self.right), ylim=known.limits() if known else (0, 1.03))
-            ax.tick_params(labelleft=known is not None)
-            title.set_text(f"{name} (log)" if log and ax is self.axes[0] else name)
-        self.hints[0].set_text("" if self.ranges[0] else "no finite loss" if started else "waiting for the first batch")
-        self.hints[1].set_text("" if self.ranges[1] else "no finite value" if epochs else "after the first epoch")
-        for artist in self.marks:
-            artist.remove()
-        self.marks = _draw_marks(self.axes[:2], events, self.right)
-
-    def _name_best(self, now):
-        "The labels of the stars, and the band from the best epoch to now"
-        for name, label in self.labels.items():
-            star = self.lines[f"best.{name}"]
-            label.set_visible(len(star.get_xdata()) > 0)
-            if label.get_visible():
-                label.xy = star.get_xdata()[0], star.get_ydata()[0]
-                label.set_text(f"best {label.xy[1]:.3f}" if 5e-3 <= abs(label.xy[1]) < 1e4 else f"best {tick_text(label.xy[1])}")
-                place = (star.axes.transData - star.axes.transAxes).transform
-                lines = [line.get_xydata() for key, line in self.lines.items() if line.axes is star.axes and not key.startswith("best")]
-                label.set_position(clear_spot(place(label.xy), place(np.concatenate(lines)), upwards=name == "loss"))
-        best = self.lines["best.loss"].get_xdata()
-        self.band.set_bounds(best[0] if len(best) else 0, 0, now - best[0] if len(best) else 0, 1)
-
-# %% ../nbs/17_plots.ipynb #ae0b39b2
-class _Curves(_Dress):
-    "The figure of a run, filled"
 
     def update(self, lines, batch, events, total=None):
         "Show these data; true when more than the moving artists has changed"
@@ -207,6 +178,24 @@ class _Curves(_Dress):
             self._redress(events, bool(ends), epochs)
         self._name_best(ends[0] if ends else 0.0)
         return changed
+
+    def _redress(self, events, started, epochs):
+        "Everything that is not an animated artist: scales, limits, ticks, titles, hints, marks"
+        for ax, title, name, known in zip(self.axes, self.titles, self.names, self.ranges):
+            log = known is not None and known.log
+            locator = LogLocator(subs=(1, 2, 5) if known.high - known.low < 2.2 else (1,), numticks=8) if log else MaxNLocator(6, steps=[1, 2, 5, 10])
+            ax.set_yscale("log" if log else "linear")
+            ax.yaxis.set_major_locator(locator)
+            ax.yaxis.set_major_formatter(FuncFormatter(tick_text) if log else _EvenTicks(tick_text))
+            ax.minorticks_off()
+            ax.set(xlim=(-0.015 * self.right, self.right), ylim=known.limits() if known else (0, 1.03))
+            ax.tick_params(labelleft=known is not None)
+            title.set_text(f"{name} (log)" if log and ax is self.axes[0] else name)
+        self.hints[0].set_text("" if self.ranges[0] else "no finite loss" if started else "waiting for the first batch")
+        self.hints[1].set_text("" if self.ranges[1] else "no finite value" if epochs else "after the first epoch")
+        for artist in self.marks:
+            artist.remove()
+        self.marks = _draw_marks(self.axes[:2], events, self.right)
 
 # %% ../nbs/17_plots.ipynb #1d879f52
 def plot_history(
@@ -239,7 +228,7 @@ class LiveCurves:
         metric: str = "dice",  # Which score the second axes shows
     ):
         self._curves = _Curves(size, dpi, metric, animated=True)
-        self._metric, self._last, self._background = metric, None, None
+        self._metric, self._rows, self._background = metric, None, None
         self.full_draws = self.blits = 0
 
     def png(
@@ -250,9 +239,8 @@ class LiveCurves:
     ) -> bytes:  # A PNG file
         "The picture of a run as it is now; an empty history gives empty axes that say what they wait for."
         history = history.snapshot()
-        last = len(history), history.rows[-1] if len(history) else None
-        if self._last is None or last[0] != self._last[0] or last[1] is not self._last[1]:
-            self._last, self._lines = last, run_lines(history, self._metric)
+        if history.rows != self._rows:  # Rows are compared by identity first, so this is quick
+            self._rows, self._lines = history.rows, run_lines(history, self._metric)
         moved = self._curves.update(self._lines, thin(*batch_trace), history.events, total_epochs)
         self._draw(moved or self._background is None)
         canvas, out = self._curves.canvas, io.BytesIO()
@@ -286,11 +274,7 @@ def plot_samples(
     dpi: float = 130,  # Dots per inch
 ) -> Figure:
     "Rows of image, truth, prediction and errors, with the Dice of each image; raises `ValueError` if the numbers differ."
-    lengths = [len(part) for part in (images, masks, predictions) if part is not None]
-    if len(set(lengths)) > 1 or not lengths[0]:
-        raise ValueError(f"Give one mask, and one prediction if any, for each image: got {', '.join(map(str, lengths))}.")
-    found, names = [None] * lengths[0] if predictions is None else predictions, names or [""] * lengths[0]
-    return _sheet([sample_row(*sample, ignore_index, threshold) for sample in zip(images, masks, found, names)][:most], dpi)
+    return _sheet(sample_rows(images, masks, predictions, names, ignore_index, threshold, most), dpi)
 
 
 def _sheet(rows, dpi, inch=2.3):
@@ -304,11 +288,11 @@ def _sheet(rows, dpi, inch=2.3):
     ax.imshow(sheet, interpolation="nearest" if width < inch * dpi else "hanning", aspect="auto", origin="upper")
     ax.set_axis_off()
     for j, (title, _, _) in enumerate(rows[0]):
-        ax.text((j + 0.5) * width, -gap, title, fontsize=9.5, color=_INK, ha="center", va="bottom", fontweight="normal", **_FONT)
+        ax.text((j + 0.5) * width, -gap, title, fontsize=9.5, color=_INK, ha="center", va="bottom", **_FONT)
     for i, row in enumerate(rows):
         for j, (_, _, text) in enumerate(row):
-            ax.text((j + 0.02) * width, (i + 0.97) * height - gap, text.replace("$", r"\$"), color="white", fontsize=9, va="bottom", ha="left",
-                    fontweight="normal", path_effects=[withStroke(linewidth=2.2, foreground="black")], **_FONT)
+            ax.text((j + 0.02) * width, (i + 0.97) * height - gap, text, color="white", fontsize=9, va="bottom", ha="left",
+                    path_effects=[withStroke(linewidth=2.2, foreground="black")], **_FONT)
     if across == 4:
         handles = [Patch(facecolor=color, edgecolor="none", label=name) for name, color in ERROR_COLORS.items()]
         figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(0.995, 0), ncols=4, frameon=False, labelcolor=_INK,

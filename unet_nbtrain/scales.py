@@ -173,7 +173,7 @@ def mark_texts(
     for event in reversed(events):
         x = event["epoch"]
         if event["kind"] in kinds and free - x > 0.22 * right:
-            text = (event["text"] or event["kind"])[:26].replace("->", "\u2192").replace("$", r"\$")
+            text = (event["text"] or event["kind"])[:26].replace("->", "\u2192")
             texts.append((x, text, x > 0.7 * right))
             free = x
     return texts

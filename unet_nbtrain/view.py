@@ -166,8 +166,8 @@ def tiles_html(
         ("training loss", _number(last, "train", "loss"), ""),
         ("patience used", status.waiting, "") if status.waiting else ("learning rate", format_rate(last["lr"]) if last else "–", ""),
     ]
-    cells = (f"<div><dt>{name}</dt><dd>{value} <small>{note}</small></dd></div>" for name, value, note in tiles)
-    return f'<dl class="unt-tiles">{"".join(cells)}</dl>'
+    cells = (f"<div><span>{name}</span><b>{value} <small>{note}</small></b></div>" for name, value, note in tiles)
+    return f'<div class="unt-tiles">{"".join(cells)}</div>'
 
 
 def _number(row, phase, name):
@@ -219,14 +219,14 @@ STYLE = """<style>
 .unt-bar>span{display:block;height:100%;background:#0072B2;border-radius:5px}
 .unt-plot{display:block;background:#fff}
 body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:invert(.92) hue-rotate(180deg)}
-.unt-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));margin:0;border-top:1px solid var(--jp-border-color2,#d5d9de)}
+.unt-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));margin:0;border-top:1px solid var(--jp-border-color2,#d5d9de)}
 .unt-tiles>div{padding:7px 14px 8px;border-right:1px solid var(--jp-border-color2,#d5d9de)} .unt-tiles>div:last-child{border-right:0}
-.unt-tiles dt{font-size:11px;font-weight:400;color:var(--jp-ui-font-color2,#57606a)}
-.unt-tiles dd{margin:0;font-size:17px;font-weight:650;font-variant-numeric:tabular-nums}
+.unt-tiles span{display:block;font-size:11px;color:var(--jp-ui-font-color2,#57606a)}
+.unt-tiles b{font-size:17px;font-weight:650;font-variant-numeric:tabular-nums}
 .unt-tiles small{font-size:11px;font-weight:400;color:var(--jp-ui-font-color2,#57606a)}
 .unt-message{padding:7px 14px;border-top:1px solid var(--jp-border-color2,#d5d9de)}
 .unt-warn{background:#fff4ce;color:#4d3800}
 .unt-spoken{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-.unt-stale{color:#b3261e;visibility:hidden;animation:unt-show 0s linear 4s forwards}
-@keyframes unt-show{to{visibility:visible}}
+.unt-stale{color:#b3261e;visibility:hidden;position:absolute;animation:unt-show 0s linear 4s forwards}
+@keyframes unt-show{to{visibility:visible;position:static}}
 </style>"""
