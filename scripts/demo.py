@@ -41,7 +41,7 @@ def products(run):
 
 def main():
     DEMO.mkdir(exist_ok=True)
-    print(f"Running {QUICK_START.relative_to(ROOT)} in a kernel. The last step trains for about a minute.", flush=True)
+    print(f"Running {QUICK_START.relative_to(ROOT)} in a kernel; it trains for about a minute.", flush=True)
     nb = read(QUICK_START)
     error = run_notebook(nb, DEMO)
     write(nb, DEMO / "quick_start.ipynb")

@@ -108,20 +108,26 @@ def documentation(source):
     observers (`on_epoch_end` and the like) need a docstring only: their parameters are one contract, described once.
     """
     tree, comments = ast.parse(source), _comment_lines(source)
+    classes = _public_classes(tree)
     for node in tree.body:
         if isinstance(node, _Function) and _is_public(node.name):
             yield from _function_findings(node, node.name, comments)
-        if isinstance(node, ast.ClassDef) and node.name in _public_classes(tree):
-            yield from _class_findings(node, comments)
+        if isinstance(node, ast.ClassDef) and node.name in classes:
+            yield from _class_findings(node, classes[node.name], comments)
 
 
 def _public_classes(tree):
-    "The public classes of a module and those of its private ones whose methods they inherit"
+    "Name -> methods to look at: the own ones of public classes, and those of private ones from which a public one inherits them"
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    found, todo = set(), [name for name in classes if _is_public(name)]
-    while todo:
-        found.add(name := todo.pop())
-        todo += [base.id for base in classes[name].bases if isinstance(base, ast.Name) and base.id in classes]
+    found = {}
+    for name in filter(_is_public, classes):
+        line, own = [name], set()
+        while line:
+            node = classes[line.pop(0)]
+            methods = {o.name for o in node.body if isinstance(o, _Function)}
+            found.setdefault(node.name, set()).update(methods - own)
+            own |= methods
+            line += [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in classes]
     return found
 
 
@@ -155,13 +161,15 @@ def _end(arg, default):
     return default.end_lineno if default is not None else arg.end_lineno
 
 
-def _class_findings(node, comments):
+def _class_findings(node, methods, comments):
     if not ast.get_docstring(node):
         yield f"{node.name}: no docstring"
     decorators = " ".join(ast.unparse(o) for o in [*node.decorator_list, *node.bases])
     holds_fields = any(word in decorators for word in ("dataclass", "NamedTuple", "TypedDict"))
     for item in node.body:
-        if isinstance(item, _Function) and item.name == "__init__" and _is_public(node.name):
+        if isinstance(item, _Function) and item.name not in methods:
+            continue
+        if isinstance(item, _Function) and item.name == "__init__":
             told = list(_function_findings(item, f"{node.name}.__init__", comments))
             yield from (o for o in told if not o.endswith("no docstring"))
         elif isinstance(item, _Function) and _is_public(item.name):

@@ -27,6 +27,7 @@ ALLOWED = {
     "loggers": {"torch", "numpy", "tensorboard", "tqdm"},
     "plots": {"torch", "numpy", "PIL", "matplotlib"},
     "view": set(),
+    "watcher": {"torch", "IPython"},
     "panel": {"torch", "numpy", "PIL", "ipywidgets", "IPython"},
 }
 

@@ -32,16 +32,24 @@ def as_in_a_kernel(monkeypatch, tmp_path):
         time.sleep(0.05)
 
 
+def run(nb, cells, namespace=()):
+    """Run the cells; a failure shows the cell and nothing of this runner."""
+    try:
+        run_cells(nb, cells, namespace)
+    except CellError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
 @pytest.mark.parametrize("nb", ALL)
 def test_as_written(nb):
-    run_cells(nb, nb.runnable(skip_flags()))
+    run(nb, nb.runnable(skip_flags()))
 
 
 @pytest.mark.parametrize("nb", EXPORTING)
 def test_on_module(nb):
     module = importlib.import_module(f"unet_nbtrain.{nb.default_exp}")
     public = {name: value for name, value in vars(module).items() if not name.startswith("__")}
-    run_cells(nb, nb.runnable(skip_flags(), exported=False), public)
+    run(nb, nb.runnable(skip_flags(), exported=False), public)
 
 
 def cells(*texts):

@@ -152,6 +152,8 @@ def test_methods_that_a_public_class_inherits_are_public():
     hidden = 'class _Base:\n    "Doc"\n    def save(self) -> None: pass\n'
     assert list(gates.documentation(hidden)) == []
     assert_only(gates.documentation(hidden + 'class Own(_Base):\n    "Doc"\n'), "_Base.save: no docstring")
+    again = 'class Own(_Base):\n    "Doc"\n    def save(self) -> None: "Doc"\n'
+    assert list(gates.documentation(hidden + again)) == []
 
 
 def test_two_parameters_on_a_line_have_no_docment():

@@ -93,6 +93,7 @@ def _names(what, files):
 # %% ../nbs/05_image_files.ipynb #1310b52e
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _PNG_TAIL = 4096
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 
 
 @contextmanager
@@ -116,6 +117,8 @@ def _open(source):
         raise ValueError("the end of the file is missing.")
     if image.format in ("TIFF", "GIF") and image.n_frames > 1:
         raise ValueError(f"it has {image.n_frames} pages. Save each page as a file of its own.")
+    if image.format == "TIFF" and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
+        raise ValueError("a tag says that it lies on its side, which Pillow misreads in a TIFF. Save it upright.")
     return image
 
 
@@ -143,9 +146,6 @@ class ImageHeader(NamedTuple):
     height: int  # Pixels
     width: int  # Pixels
     channels: int  # 1 for grey, 3 for colour; alpha does not count
-
-
-_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 
 
 def read_header(
@@ -276,10 +276,12 @@ def _check_classes(values, pixels, n_classes, foreground, ignore_index):
     "Raise `ValueError` where a value is not a class index"
     if foreground is not None:
         raise ValueError(f"foreground={foreground!r} is for n_classes=1; with n_classes={n_classes} the values are class indices.")
-    if any(not 0 <= v < n_classes for v in values):
+    outside = {v: n for v, n in values.items() if not 0 <= v < n_classes}
+    if outside:
         raise ValueError(
-            f"labels outside 0 to {n_classes - 1}: found {_histogram(values, pixels)}. Pass a larger n_classes, or ignore_index "
-            f"(now {ignore_index}) for a value that shall not count, or n_classes=1 for foreground against background."
+            f"labels outside 0 to {n_classes - 1}: {_histogram(outside, pixels)}. All values: {_histogram(values, pixels)}. "
+            f"Pass a larger n_classes, or ignore_index (now {ignore_index}) for a value that shall not count, or n_classes=1 for "
+            "foreground against background."
         )
 
 

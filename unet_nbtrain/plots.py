@@ -86,7 +86,7 @@ def _tidy(ax, title, bins):
     family = {"labelfontfamily": "DejaVu Sans"} if matplotlib.__version_info__ >= (3, 8) else {}
     ax.tick_params(color=_AXIS, labelcolor=_INK, labelsize=9, length=3, width=0.8, pad=3, direction="out", left=True, bottom=True, top=False,
                    right=False, labelleft=True, labelbottom=True, labeltop=False, labelright=False, **family)
-    ax.grid(True, which="major", axis="both", color=_RULE, linewidth=0.7, linestyle="-", alpha=1)
+    ax.grid(True, which="major", axis="both", color=_RULE, linewidth=0.7, linestyle="-", alpha=1, solid_capstyle="butt", antialiased=True)
     ax.set_axisbelow(True)
     ax.xaxis.set_major_locator(MaxNLocator(bins, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(FuncFormatter(tick_text))
@@ -106,7 +106,7 @@ class _Canvas:
         home = {"loss": self.axes[0], metric: self.axes[1], "lr": self.axes[2], "batch": self.axes[0]}
         names = ["batch", *(f"{kind}.{name}" for kind in ("train", "val", "best") for name in ("loss", metric)), "lr"]
         self.lines = {name: home[name.split(".")[-1]].add_line(Line2D([], [], **_STYLES[name.split(".")[0]], animated=animated)) for name in names}
-        band = {"transform": self.axes[0].get_xaxis_transform(), "facecolor": _VAL, "edgecolor": "none", "alpha": 0.07, "zorder": 1}
+        band = {"transform": self.axes[0].get_xaxis_transform(), "facecolor": _VAL, "edgecolor": "none", "linewidth": 0, "alpha": 0.07, "zorder": 1}
         self.band = self.axes[0].add_patch(Rectangle((0, 0), 0, 1, animated=animated, **band))
         self.labels = {name: self._label(home[name], animated) for name in ("loss", metric)}
         self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color="#9aa2ab", fontsize=9.5, **_FONT)
@@ -149,7 +149,7 @@ def _draw_marks(axes, events, right):
                 style = {**_LINE, "color": _AMBER, "marker": "^", "markersize": 6.5, "clip_on": False}
                 artists.append(ax.add_line(Line2D([event["epoch"]], [0], **place, **style)))
             elif event["kind"] in ("set", "resumed"):
-                style = {"color": _FAINT, "linewidth": 1.1, "linestyle": (0, (1, 1.6))}
+                style = {"color": _FAINT, "linewidth": 1.0, "linestyle": (0, (1.1, 1.8)), "dash_capstyle": "butt"}
                 artists.append(ax.add_line(Line2D([event["epoch"]] * 2, [0, 1], **place, **style)))
     for x, text, late in mark_texts(events, right):
         artists.append(axes[0].annotate(
@@ -294,7 +294,7 @@ def _sheet(rows, dpi, inch=2.3):
             ax.text((j + 0.02) * width, (i + 0.97) * height - gap, text, color="white", fontsize=9, va="bottom", ha="left",
                     path_effects=[withStroke(linewidth=2.2, foreground="black")], **_FONT)
     if across == 4:
-        handles = [Patch(facecolor=color, edgecolor="none", label=name) for name, color in ERROR_COLORS.items()]
+        handles = [Patch(facecolor=color, edgecolor="none", linewidth=0, label=name) for name, color in ERROR_COLORS.items()]
         figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(0.995, 0), ncols=4, frameon=False, labelcolor=_INK,
                       borderaxespad=0.2, prop={**_PLAIN, "size": 9})
     return figure

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_lines', 'thin', 'Range', 'fit_range', 'fit_score_range', 'fit_right', 'fit_ranges', 'tick_text',
-           'even_tick_texts', 'clear_spot', 'mark_texts']
+           'even_tick_texts', 'clear_spot', 'mark_texts', 'ink_palette']
 
 # %% ../nbs/14_scales.ipynb #3e7274b0
 import math
@@ -73,12 +73,12 @@ def fit_range(
     ratio: float = 60,  # Largest over smallest value from which the axis is logarithmic
 ) -> Range | None:  # `old` itself while it fits; `None` when nothing is finite
     "The y range for these values: kept while they lie inside and fill 45 % of it, else fitted with a margin of 12 %."
-    values = values[np.isfinite(values)]
+    values = values[np.abs(values) < 1e300]  # Beyond this, and for NaN, no axis can be drawn
     if not len(values):
         return None
     low, high = float(values.min()), float(values.max())
     log = low > 0 and high / low > (ratio / 2 if old and old.log else ratio)
-    bottom, top = (math.log10(low), math.log10(high)) if log else (low, high)
+    bottom, top = (max(math.log10(low), -290), max(math.log10(high), -280)) if log else (low, high)
     if old and old.log == log and old.low <= bottom and top <= old.high and top - bottom >= 0.45 * (old.high - old.low):
         return old
     margin = 0.12 * (top - bottom) or 0.5 * abs(top) or 1.0
@@ -152,15 +152,18 @@ def clear_spot(
     point: tuple[float, float],  # What the label names
     taken: np.ndarray,  # (N, 2) points of all lines that must stay visible; NaN allowed
     upwards: bool,  # Which side to try first
+    old: tuple[float, float] | None = None,  # Where the label is now
     width: float = 0.19,  # Of the label
 ) -> tuple[float, float]:  # The label's centre
-    "A place beside a point that no line runs through, or half way up if there is none."
-    center = min(max(point[0], width / 2), 1.04 - width / 2)
+    "A place beside a point that no line runs through, `old` while that is one, or half way up if there is none."
+    center = float(min(max(point[0], width / 2), 1.04 - width / 2))
     near = taken[np.abs(taken[:, 0] - center) < width / 2 + 0.01, 1]
     near = np.append(near[np.isfinite(near)], point[1])
     above, below = near.max() + 0.085, near.min() - 0.085
     choices = (above, below) if upwards else (below, above)
-    return center, float(next((y for y in choices if 0.05 < y < 0.96), 0.5))
+    best = float(next((y for y in choices if 0.05 < y < 0.96), 0.5))
+    stays = old is not None and abs(old[0] - center) < 0.02 and abs(old[1] - best) < 0.15 and np.abs(near - old[1]).min() > 0.05
+    return old if stays else (center, best)
 
 # %% ../nbs/14_scales.ipynb #054c0bd7
 def mark_texts(
@@ -177,3 +180,15 @@ def mark_texts(
             texts.append((x, text, x > 0.7 * right))
             free = x
     return texts
+
+# %% ../nbs/14_scales.ipynb #a8342838
+def ink_palette(
+    inks: Sequence[str],  # Colours such as `'#0072B2'`
+    paper: str = "#ffffff",  # What they are drawn on
+) -> list[int]:  # 768 numbers: red, green and blue of 256 colours
+    "A palette of inks and their mixtures with the paper in equal steps; every ink and the paper itself are exact."
+    base = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in (paper, *inks)], float)
+    steps = np.linspace(0, 1, 1 + 255 // len(inks))[1:]
+    mixed = [base[0] + step * (ink - base[0]) for ink in base[1:] for step in steps]
+    colors = np.round([base[0], *mixed]).astype(int)
+    return np.pad(colors, ((0, 256 - len(colors)), (0, 0)), mode="edge").ravel().tolist()

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import CheckpointError, load_file
 from .control import Run, interrupt_stops
-from .core import move, seed_step, split_batch, unwrap
+from .core import move, seed_step, split_batch
 from .epoch import EpochMeter, batch_weight, check_batch, epoch_batches, shield_workers
 from .history import History
 from .losses import create_loss_function
 from .optimizers import create_optimizer
 from .schedulers import create_scheduler, step_scheduler
-from .state import TrainerState, check_setting
+from .saving import ResumableState
+from .state import check_setting
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class _Stopped(Exception):
     "Somebody asked the run to stop; it unwinds from a step boundary"
 
 
-class _Feeding(TrainerState):
+class _Feeding(ResumableState):
     "Batches on the device, one at a time, with the control between them"
 
     def _feed(self, loader, phase, epoch, start=0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -68,25 +68,14 @@ class _Feeding(TrainerState):
             return
         if run.pending and not run.obey(self.global_step, {"save": self._save_now, "set": self.set}):
             raise _Stopped
-        steps, minutes = self.save_every_n_steps, self.save_every_n_minutes
-        due = steps and self.global_step % steps == 0 and self.global_step != self._saved_step
-        if due or (minutes and time.monotonic() - self._saved_time > 60 * minutes):
-            self._saved_step, self._saved_time = self.global_step, time.monotonic()
-            self._save()
-
-    def _save_now(self):
-        path = self._save()
-        if path is None:
-            raise ValueError("the checkpoint could not be written; see the log")
-        self.history.mark("save", self.progress, self.global_step)
-        return f"written to {path}"
+        self._save_if_due()
 
     def _autocast(self):
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype else nullcontext()
 
 # %% ../nbs/16_trainer.ipynb #4bfc1a0b
 class _Passes(_Feeding):
-    "One pass over the training data, one over the validation data"
+    "One pass over the training data"
 
     def training_step(
         self,
@@ -120,6 +109,10 @@ class _Passes(_Feeding):
             self._optimizer_step(weights)
         return self._train_meter.compute()
 
+# %% ../nbs/16_trainer.ipynb #e398b085
+class _Validating(_Passes):
+    "One pass over the validation data"
+
     @torch.no_grad()
     def validate_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole validation set
         "Evaluate on every validation batch once, without gradients and without touching the randomness of training."
@@ -132,8 +125,8 @@ class _Passes(_Feeding):
             self.observers.notify("on_batch_end", self, loss)
         return meter.compute()
 
-# %% ../nbs/16_trainer.ipynb #e398b085
-class _Stepping(_Passes):
+# %% ../nbs/16_trainer.ipynb #1cf510c8
+class _Stepping(_Validating):
     "Backward pass and optimizer step"
 
     def _backward(self, loss):
@@ -157,13 +150,6 @@ class _Stepping(_Passes):
             step_scheduler(self.scheduler, "step")
         self.global_step += 1
         self._at_boundary = True
-
-    def _release(self):
-        "Let go of what a run held: gradients, and the workers of persistent loaders"
-        self.optimizer.zero_grad(set_to_none=True)
-        for loader in (self.train_loader, self.val_loader):
-            if getattr(loader, "_iterator", None) is not None:
-                loader._iterator = None
 
 # %% ../nbs/16_trainer.ipynb #99091a7c
 class _Epochs(_Stepping):
@@ -209,95 +195,9 @@ class _Epochs(_Stepping):
         self._train_metrics, self._spent, self._began = None, 0.0, self.run.elapsed
         self._train_meter.reset()
 
-# %% ../nbs/16_trainer.ipynb #35cccb12
-class _Files(_Epochs):
-    "When checkpoints are written, and how a run goes back to one"
-
-    def _plateau_metric(self, val):
-        "What a plateau schedule watches: the loss, or for mode 'max' what early stopping watches, else Dice"
-        if getattr(self.scheduler, "mode", "min") == "min":
-            return val["loss"]
-        return val[self.early_stopping.monitor if self.early_stopping.mode == "max" else "dice"]
-
-    def _save_epoch(self, best):
-        if best:
-            self.best_weights.keep(self.model)
-            self._save(self._folder.best)
-        if self.save_every_n_epochs and self.current_epoch % self.save_every_n_epochs == 0:
-            self._save(self._folder.epoch(self.current_epoch))
-        self._save()
-
-    def _resume(self, resume):
-        "Continue from `'last'` of the checkpoint folder, or from a file"
-        if resume == "last":
-            if self.checkpoint_dir is None and self.run_dir is None:
-                raise ValueError("resume='last' needs checkpoint_dir or run_dir, to know which run. Or give the checkpoint's path.")
-            self._name_folders()
-            state, path = self._folder.load_newest()
-        else:
-            state, path = load_file(resume), Path(resume)
-        self._load(state, path)
-        self.history.mark("resumed", self.progress, self.global_step, path.name)
-
-    def _roll_back(self):
-        "After numbers went bad: everything as in the newest good checkpoint"
-        events = self.history.events
-        try:
-            self._load(*self._folder.load_newest())
-        except CheckpointError as error:
-            _log.error("The weights may hold NaN, and there is nothing to go back to: %s", error)
-        for event in events[len(self.history.events) :]:
-            self.history.mark(event["kind"], event["epoch"], event["step"], event["text"])
-
-    def _remember_last(self):
-        "Keep the last weights aside while the model carries the best ones"
-        weights = {name: tensor.detach().clone() for name, tensor in unwrap(self.model).state_dict().items()}
-        self.best_weights.restore(self.model)
-        self._last_weights = weights, self._versions()
-
-    def _recall_last(self):
-        "Put the last weights back, if nobody has touched the model since the end of the run"
-        if self._last_weights is not None and self._last_weights[1] == self._versions():
-            unwrap(self.model).load_state_dict(self._last_weights[0])
-        self._last_weights = None
-
-    def _versions(self):
-        "Counts every change in place of any weight"
-        return [p._version for p in self.model.parameters()]
-
 # %% ../nbs/16_trainer.ipynb #71138fdf
-class _Life(_Files):
-    "Beginning, course and end of one run, in whatever thread"
-
-    def _fit(self, run, aside=False):
-        reason, error = "stopped by a command", None
-        try:
-            self._begin(run)
-            reason = self._run_epochs()
-        except _Stopped:
-            pass
-        except BaseException as caught:
-            error, reason = caught, f"{type(caught).__name__}: {caught}"
-            run.traceback = "".join(traceback.format_exception(caught))
-            _log.error("The run ended in epoch %d: %s", self.current_epoch + 1, reason)
-            if aside:
-                _forget_frames(caught)
-        try:
-            self._end(reason, error)
-        finally:
-            run.finish(reason, error)
-
-    def _begin(self, run):
-        self._saved_step, self._saved_time = self.global_step, time.monotonic()
-        self._at_boundary, self._checked, self._was = True, False, None
-        for loader in (self.train_loader, self.val_loader):
-            shield_workers(loader)
-        self._folder.sweep()
-        self._recall_last()
-        if self.global_step == 0:
-            self._save()
-        self.observers.notify("on_run_start", self)
-        run.begin()
+class _Endings(_Epochs):
+    "What is true when a run is over"
 
     def _end(self, reason, error):
         if isinstance(error, FloatingPointError):
@@ -315,23 +215,42 @@ class _Life(_Files):
         self.phase = "idle"
         self.observers.notify("on_run_end", self, reason)
 
-    def _on_state(self, state):
-        "A new state of the run: a mark, a word to the observers, and at a pause a checkpoint"
-        kind = {"paused": "pause", "stopping": "stop"}.get(state, "resume" if self._was == "paused" and state == "running" else None)
-        if kind:
-            self.history.mark(kind, self.progress, self.global_step)
-        self._was = state
-        self.observers.notify("on_state_change", self, state)
-        if state == "paused":
+# %% ../nbs/16_trainer.ipynb #e95735c8
+class _Life(_Endings):
+    "Beginning, course and end of one run, in whatever thread"
+
+    def _fit(self, run, aside=False):
+        reason, error = "stopped by a command", None
+        try:
+            self._begin(run)
+            reason = self._run_epochs()
+        except _Stopped:
+            pass
+        except BaseException as caught:
+            error, reason = caught, f"{type(caught).__name__}: {caught}"
+            run.traceback = "".join(traceback.format_exception(caught))
+            _log.error("The run ended in epoch %d: %s", self.current_epoch + 1, reason)
+            if aside:  # Nobody catches it in a thread, and its frames would hold the last batch in memory
+                traceback.clear_frames(caught.__traceback__)
+                caught.__traceback__ = None
+        try:
+            self._end(reason, error)
+        finally:
+            run.finish(reason, error)
+
+    def _begin(self, run):
+        self._saved_step, self._saved_time = self.global_step, time.monotonic()
+        self._at_boundary, self._checked, self._was = True, False, None
+        for loader in (self.train_loader, self.val_loader):
+            shield_workers(loader)
+        self._folder.sweep()
+        self._recall_last()
+        if self.global_step == 0:
             self._save()
+        self.observers.notify("on_run_start", self)
+        run.begin()
 
 # %% ../nbs/16_trainer.ipynb #935a7bf9
-def _forget_frames(error):
-    "In a thread nobody catches: the frames of the traceback would only hold the batch in memory"
-    traceback.clear_frames(error.__traceback__)
-    error.__traceback__ = None
-
-
 class UNetTrainer(_Life):
     """Train a segmentation model: `train(num_epochs)` here, or `start(num_epochs)` in the background.
 
@@ -368,6 +287,7 @@ class UNetTrainer(_Life):
         if self.run is not None and not self.run.ended:
             raise RuntimeError(f"This trainer is already {self.run.state}. Stop it first: trainer.run.stop().")
         check_setting("epochs", num_epochs)
+        self._adopt_optimizer()
         if resume is not None:
             self._resume(resume)
         elif self.early_stopping.should_stop:
