@@ -13,5 +13,5 @@ rm -rf "$tmp"/was/*/__pycache__ "$tmp/was/nbs/runs" "$tmp/was/nbs/.ipynb_checkpo
 cp -r "$tmp/was/." "$tmp/now"
 (cd "$tmp/now" && PATH="$tmp/venv/bin:$PATH" && nbdev-export && nbdev-clean)
 cd "$tmp"
-diff -r --brief --exclude=__pycache__ was now || { diff -ru --exclude=__pycache__ was/unet_nbtrain now/unet_nbtrain | head -60; exit 1; }
+diff -r --brief --exclude=__pycache__ was now || { diff -ru --exclude=__pycache__ was now | cut -c -160 | head -60; exit 1; }
 "$tmp/venv/bin/python" -m pip list --format=freeze 2> /dev/null | grep '^nbdev='

@@ -12,16 +12,21 @@ import logging
 import math
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+import unet_nbtrain
+
 from .dataset import create_dataloaders, demo_dataloaders
 from .files import atomic_write
 from .losses import create_loss_function
+from .mask_report import describe_masks
 from .optimizers import create_optimizer
 from .plots import plot_history, save_png
-from .state import default_observers, new_run_dir
+from .state import check_setting, default_observers, new_run_dir
 from .trainer import UNetTrainer
 from .unet_model import UNet
 
@@ -50,6 +55,7 @@ def parse_val(
 def build_parser() -> argparse.ArgumentParser:
     "The arguments of all commands."
     parser = argparse.ArgumentParser(prog="unet-nbtrain", description="Train a U-Net. The last line on standard output is one JSON object.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {unet_nbtrain.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="train on built-in images, to see that everything works")
     train = commands.add_parser("train", help="train on a folder of images and a folder of masks")
@@ -60,8 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     resume.add_argument("run_dir", type=Path, help="folder of the run")
     resume.add_argument("--epochs", type=int, help="total number of epochs to reach (default: as planned then)")
+    for name in ("--images", "--masks"):
+        resume.add_argument(name, type=Path, help="where this folder is now, if it has moved")
     for command in (demo, train, resume):
-        command.add_argument("--quiet", action="store_true", help="no progress bar and no log on standard error")
+        command.add_argument("--quiet", action="store_true", help="no bar, no table and no warnings on standard error")
     return parser
 
 
@@ -98,6 +106,42 @@ def _add_training(parser, epochs):
     add("--run-dir", type=Path, help="folder of the run; default a new one in runs/")
 
 # %% ../nbs/19_cli.ipynb #8c3e57ea
+def _check(arguments):
+    "Refuse at once what could only fail late; raises `ValueError`"
+    check_setting("epochs", arguments.epochs)
+    check_setting("lr", arguments.lr)
+    check_setting("gradient_clip_norm", arguments.clip)
+    for name, least in (("batch_size", 1), ("classes", 1), ("workers", 0), ("patience", 1)):
+        value = getattr(arguments, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a whole number, {least} or more.")
+    if not -(2**63) <= arguments.seed < 2**63:
+        raise ValueError(f"--seed {arguments.seed}: give a whole number of at most 18 digits.")
+    _check_folder(arguments.run_dir, getattr(arguments, "resume", False))
+
+
+def _check_folder(run_dir, resume):
+    "Whether the run can lie there, or go on there"
+    if run_dir is not None and run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"--run-dir {run_dir} is a file. Give a folder; it is made if it is not there.")
+    if resume and run_dir is None:
+        raise ValueError("--resume needs --run-dir, to know which run shall go on.")
+    if resume and not any((run_dir / "checkpoints").glob("*.pth")):
+        raise ValueError(f"{run_dir} holds no checkpoint to go on from. Without --resume a new run begins there.")
+
+# %% ../nbs/19_cli.ipynb #4a7ee5a4
+def _require_foreground(arguments, dataset):
+    "Raise `ValueError` where there is one class and nothing of it in any training mask"
+    if dataset.n_classes > 1 or any((dataset.arrays(i)[1] == 1).any() for i in range(len(dataset))):
+        return
+    report = describe_masks(
+        arguments.images, arguments.masks, foreground=arguments.foreground,
+        ignore_index=arguments.ignore_index, mask_suffix=arguments.mask_suffix,
+    )  # fmt: skip
+    values = ", ".join(map(str, list(report["values"])[:10]))
+    raise ValueError(f"no pixel of the training masks is foreground. The masks hold the values {values}; pass the one to find as --foreground.")
+
+# %% ../nbs/19_cli.ipynb #11604d51
 def make_trainer(
     arguments: argparse.Namespace,  # From `build_parser`
 ) -> UNetTrainer:
@@ -131,7 +175,7 @@ def _make_loaders(arguments):
     "The loaders of the built-in data or of two folders"
     if arguments.command == "demo":
         return demo_dataloaders(batch_size=arguments.batch_size, seed=arguments.seed)
-    return create_dataloaders(
+    loaders = create_dataloaders(
         arguments.images,
         arguments.masks,
         batch_size=arguments.batch_size,
@@ -146,6 +190,8 @@ def _make_loaders(arguments):
         seed=arguments.seed,
         crop=arguments.crop,
     )
+    _require_foreground(arguments, loaders[0].dataset)
+    return loaders
 
 # %% ../nbs/19_cli.ipynb #d1142fbf
 def result_of(
@@ -158,24 +204,35 @@ def result_of(
     return clean | {"best_epoch": best.get("epoch"), "epochs": trainer.current_epoch, "run_dir": str(trainer.run_dir)}
 
 # %% ../nbs/19_cli.ipynb #7d02b781
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    "While this lasts, SIGTERM is what SIGINT is"
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run(arguments):
     "Train as the arguments say, and tell the result"
-    planned = arguments.epochs
+    _check(arguments)
+    planned, going_on = arguments.epochs, getattr(arguments, "resume", False)
     arguments.run_dir = arguments.run_dir or new_run_dir()
     trainer = make_trainer(arguments)
-    going_on = getattr(arguments, "resume", False)
     if not going_on:
-        atomic_write(arguments.run_dir / "arguments.json", json.dumps(vars(arguments), default=str, indent=1).encode())
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        _write_arguments(arguments)
     try:
-        trainer.train(planned, resume="last" if going_on else None)
+        with _sigterm_stops():
+            trainer.train(planned, resume="last" if going_on else None)
     finally:
-        _tell(trainer)
+        if trainer.run is not None:
+            _tell(trainer, arguments.quiet)
 
 
-def _tell(trainer):
+def _tell(trainer, quiet):
     "The table and the places for people, one JSON line for programs"
-    if trainer.history.rows:
+    if trainer.history.rows and not quiet:
         places = {"curves": trainer.run_dir / "curves.png", "weights": trainer.checkpoint_dir / "best_model.pth", "TensorBoard": trainer.log_dir}
         sys.stderr.write(f"\n{trainer.history.table()}\n{trainer.run.reason}\n")
         sys.stderr.writelines(f"{name + ':':12} {path}\n" for name, path in places.items())
@@ -183,27 +240,51 @@ def _tell(trainer):
     sys.stdout.write(json.dumps(result_of(trainer)) + "\n")
     sys.stdout.flush()
 
+# %% ../nbs/19_cli.ipynb #1c12aa50
+def _write_arguments(arguments):
+    "What `resume` will need, in the folder of the run"
+    plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    atomic_write(arguments.run_dir / "arguments.json", json.dumps(plain, indent=1).encode())
+
 
 def _saved_arguments(given):
-    "The arguments that a run was started with, for `resume`"
+    "The arguments that a run was started with, changed by those of `resume`"
     file = given.run_dir / "arguments.json"
     if not file.is_file():
         raise ValueError(f"{given.run_dir} has no arguments.json. Only runs that unet-nbtrain train or demo began can be resumed this way.")
-    saved = json.loads(file.read_text())
-    paths = {name: Path(saved[name]) for name in ("images", "masks") if name in saved}
-    changes = {"run_dir": given.run_dir, "resume": True, "quiet": given.quiet, "epochs": given.epochs or saved["epochs"]}
-    return argparse.Namespace(**saved | paths | changes)
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        start = [saved["command"], *(["--images", saved["images"], "--masks", saved["masks"]] if saved["command"] == "train" else [])]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} cannot be read. Use unet-nbtrain train … --resume --run-dir {given.run_dir} with the arguments of then.") from error
+    changes = {name: value for name in ("epochs", "images", "masks") if (value := getattr(given, name)) is not None}
+    defaults = vars(build_parser().parse_args(start))
+    paths = {name: defaults[name] for name in ("images", "masks") if name in defaults}
+    return argparse.Namespace(**defaults | saved | paths | changes | {"run_dir": given.run_dir, "resume": True, "quiet": given.quiet})
 
-
+# %% ../nbs/19_cli.ipynb #cbed2f9a
 def main(
     argv: list[str] | None = None,  # Arguments; by default those of the process
-) -> int:  # Exit code: 0, or 2 for what the caller can mend
+) -> int:  # Exit code: 0; 1 if the training failed; 2 for what the caller can mend; 130 if it was broken off
     "The command `unet-nbtrain`."
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR if arguments.quiet else logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
         _run(_saved_arguments(arguments) if arguments.command == "resume" else arguments)
+    except KeyboardInterrupt:
+        return _fail(130, "broken off. What was saved before is untouched.")
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"unet-nbtrain: {error}\n")
-        return 2
+        return _fail(2, error)
+    except FloatingPointError as error:
+        return _fail(1, error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in ("allocate memory", "out of memory")):
+            raise
+        return _fail(1, "the memory is too small for this. Lower --batch-size, --crop, --image-size or --width.")
     return 0
+
+
+def _fail(code, sentence):
+    "One sentence for people, and the exit code"
+    sys.stderr.write(f"unet-nbtrain: {sentence}\n")
+    return code

@@ -24,7 +24,6 @@ from .history import History
 from .text import format_duration, format_rate, short_number
 
 _log = logging.getLogger(__name__)
-_log.addHandler(logging.NullHandler())  # Silent unless the program configures logging
 
 # %% ../nbs/13_loggers.ipynb #1a5359ae
 def epoch_line(
@@ -51,9 +50,7 @@ def _new_bar(stream, total, done, label):
     "A tqdm bar of its own kind: no monitor thread, and a lock that is not shared with other processes"
     from tqdm.std import tqdm
 
-    class Bar(tqdm):
-        monitor_interval = 0
-
+    Bar = type("Bar", (tqdm,), {"monitor_interval": 0})
     Bar.set_lock(threading.RLock())
     return Bar(total=total, initial=done, desc=label, unit="batch", file=stream, leave=False, dynamic_ncols=True, mininterval=0)
 
@@ -174,6 +171,8 @@ class TensorBoardLogger:
         "Open a new event file that hides the steps to come from older ones."
         from torch.utils.tensorboard import SummaryWriter
 
+        if any(self.log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(1 - time.time() % 1)
         self._writer = SummaryWriter(str(self.log_dir), purge_step=trainer.current_epoch + 1)
 
     def on_epoch_end(self, trainer, row) -> None:
@@ -222,8 +221,7 @@ class HistoryFiles:
     def _draw(self, history):
         start = time.monotonic()
         atomic_write(self.folder / "curves.png", self.picture(history))
-        now = time.monotonic()
-        self._next_picture = now + 20 * (now - start)
+        self._next_picture = time.monotonic() + 20 * (time.monotonic() - start)
 
 # %% ../nbs/13_loggers.ipynb #ebc4829b
 _SETTINGS = ("current_epoch", "total_epochs", "global_step", "learning_rate", "seed", "gradient_clip_norm", "accumulate_gradients",
@@ -242,14 +240,18 @@ def describe_run(
     return told | {"device": str(trainer.device), "torch": torch.__version__.split("+")[0], "python": platform.python_version()}
 
 # %% ../nbs/13_loggers.ipynb #218def9f
+_log.addHandler(logging.NullHandler())  # Silent unless the program configures logging
+_one_writer = threading.Lock()
+
+
 def _append(path, event, **details):
     "Add one line of JSON to a file; a line that a crash cut off is ended first"
     path.parent.mkdir(parents=True, exist_ok=True)
     line = to_json({"time": round(time.time(), 3), "event": event, **details}).encode() + b"\n"
-    with open(path, "ab+") as file:
+    with _one_writer, open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
-            line = line if file.read() == b"\n" else b"\n" + line
+            line = line if file.read(1) == b"\n" else b"\n" + line
         file.write(line)
 
 

@@ -107,7 +107,7 @@ def _two_loaders(loaders):
         return tuple(loaders)
     raise ValueError(f"loaders must be a pair (train_loader, val_loader) or a dict with 'train' and 'val'; got a {type(loaders).__name__}.")
 
-
+# %% ../nbs/18_panel.ipynb #4ba8b876
 def _keep_curves(trainer):
     "At the end of a run: the curves as a file, drawn anew in full quality"
     if trainer.run_dir:

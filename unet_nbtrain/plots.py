@@ -24,15 +24,14 @@ from PIL import Image
 from .files import atomic_write
 from .history import History
 from .overlays import ERROR_COLORS, sample_rows, tile
-from .scales import clear_spot, even_tick_texts, fit_ranges, fit_right, mark_texts, run_lines, thin, tick_text
+from .scales import clear_spot, even_tick_texts, fit_ranges, fit_right, ink_palette, mark_texts, run_lines, thin, tick_text
 
 # %% ../nbs/17_plots.ipynb #238c436c
 class _Picture(Figure):
     "A figure that a notebook displays without pyplot, at the same size whatever its resolution"
 
     def _repr_png_(self):
-        shrink = min(1.0, 100 / self.dpi)  # At 100 dots an inch, text of 9 points is comfortable in a notebook
-        width, height = (self.get_size_inches() * self.dpi * shrink).astype(int)
+        width, height = self.get_size_inches() * min(self.dpi, 100)  # Text of 9 points is comfortable at 100 dots an inch
         return save_png(self), {"width": int(width), "height": int(height)}
 
 
@@ -60,6 +59,8 @@ _PLAIN = {"family": "DejaVu Sans", "style": "normal", "weight": "normal"}
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
 _LINE = {"linewidth": 1.8, "linestyle": "-", "markersize": 4.4, "markeredgecolor": "white", "markeredgewidth": 0.6,
          "solid_capstyle": "round", "solid_joinstyle": "round", "antialiased": True}
+_PALETTE = Image.new("P", (1, 1))
+_PALETTE.putpalette(ink_palette([_INK, _FAINT, _AXIS, _RULE, _TRAIN, _VAL, _AMBER, "#444c56", "#9aa2ab"]))
 _STYLES = {
     "train": {**_LINE, "color": _TRAIN, "marker": "o", "zorder": 4},
     "val": {**_LINE, "color": _VAL, "marker": "D", "zorder": 5},
@@ -99,7 +100,7 @@ class _Canvas:
     def __init__(self, size, dpi, metric, animated):
         self.figure, self.metric = _Picture(figsize=size, dpi=dpi, facecolor="white", frameon=True, layout="none"), metric
         self.canvas = FigureCanvasAgg(self.figure)
-        grid = self.figure.add_gridspec(1, 3, width_ratios=(1, 1, 0.46), left=0.052, right=0.99, bottom=0.17, top=0.865, wspace=0.17)
+        grid = self.figure.add_gridspec(1, 3, width_ratios=(1, 1, 0.46), left=0.052, right=0.99, bottom=0.17, top=0.865, wspace=0.2)
         self.axes = [self.figure.add_subplot(cell) for cell in grid]
         self.names = ["Loss", {"dice": "Dice", "iou": "IoU"}.get(metric, metric), "Learning rate"]
         self.titles = [_tidy(ax, title, bins) for ax, title, bins in zip(self.axes, self.names, (8, 8, 4))]
@@ -108,7 +109,9 @@ class _Canvas:
         self.lines = {name: home[name.split(".")[-1]].add_line(Line2D([], [], **_STYLES[name.split(".")[0]], animated=animated)) for name in names}
         band = {"transform": self.axes[0].get_xaxis_transform(), "facecolor": _VAL, "edgecolor": "none", "linewidth": 0, "alpha": 0.07, "zorder": 1}
         self.band = self.axes[0].add_patch(Rectangle((0, 0), 0, 1, animated=animated, **band))
-        self.labels = {name: self._label(home[name], animated) for name in ("loss", metric)}
+        pointer = {"arrowstyle": "-", "color": _VAL, "linewidth": 0.8, "shrinkA": 4, "shrinkB": 7}
+        label = {"color": _VAL, "fontsize": 8.5, "ha": "center", "va": "center", "path_effects": _HALO, "zorder": 8, "animated": animated, **_FONT}
+        self.labels = {name: home[name].annotate("", (0, 0), (0.5, 0.5), textcoords="axes fraction", arrowprops=pointer, **label) for name in ("loss", metric)}
         self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color="#9aa2ab", fontsize=9.5, **_FONT)
                       for ax in self.axes]
         told = {"train": "train", "val": "validation", "batch": "each batch"}
@@ -117,15 +120,8 @@ class _Canvas:
             handlelength=1.6, handleheight=0.7, handletextpad=0.5, columnspacing=1.2, borderpad=0.2, borderaxespad=0.1, labelspacing=0.5,
             numpoints=1, markerscale=1)
 
-    @staticmethod
-    def _label(ax, animated):
-        "A text with a thin line to the point that it names"
-        pointer = {"arrowstyle": "-", "color": _VAL, "linewidth": 0.8, "shrinkA": 4, "shrinkB": 7}
-        return ax.annotate("", (0, 0), (0.5, 0.5), textcoords="axes fraction", arrowprops=pointer, ha="center", va="center", fontsize=8.5,
-                           color=_VAL, path_effects=_HALO, animated=animated, zorder=8, **_FONT)
-
     def _name_best(self, now):
-        "The labels of the stars, and the band from the best epoch to now"
+        "The labels of the stars, and the band from the best epoch to now; returns what the labels say, and where"
         for name, label in self.labels.items():
             star = self.lines[f"best.{name}"]
             label.set_visible(len(star.get_xdata()) > 0)
@@ -134,9 +130,10 @@ class _Canvas:
                 label.set_text(f"best {label.xy[1]:.3f}" if 5e-3 <= abs(label.xy[1]) < 1e4 else f"best {tick_text(label.xy[1])}")
                 place = (star.axes.transData - star.axes.transAxes).transform
                 lines = [line.get_xydata() for key, line in self.lines.items() if line.axes is star.axes and not key.startswith("best")]
-                label.set_position(clear_spot(place(label.xy), place(np.concatenate(lines)), upwards=name == "loss"))
+                label.set_position(clear_spot(place(label.xy), place(np.concatenate(lines)), name == "loss", label.get_position()))
         best = self.lines["best.loss"].get_xdata()
         self.band.set_bounds(best[0] if len(best) else 0, 0, now - best[0] if len(best) else 0, 1)
+        return [(label.get_visible(), label.get_text(), label.xy, label.get_position()) for label in self.labels.values()]
 
 # %% ../nbs/17_plots.ipynb #4207f66c
 def _draw_marks(axes, events, right):
@@ -161,10 +158,10 @@ def _draw_marks(axes, events, right):
 class _Curves(_Canvas):
     "The figure of a run, filled"
 
-    ranges, right, key, marks = (None, None, None), None, None, ()
+    ranges, right, key, marks, named = (None, None, None), None, None, (), ()
 
     def update(self, lines, batch, events, total=None):
-        "Show these data; true when more than the moving artists has changed"
+        "Show these data; tells whether the background has changed, and whether the labels have"
         for name, (x, y) in {**lines, "batch": batch}.items():
             self.lines[name].set_data(x, y)
             self.lines[name].set_markevery(max(1, math.ceil(len(x) / 24)))
@@ -176,8 +173,8 @@ class _Curves(_Canvas):
         changed, self.key = key != self.key, key
         if changed:
             self._redress(events, bool(ends), epochs)
-        self._name_best(ends[0] if ends else 0.0)
-        return changed
+        named, self.named = self.named, self._name_best(ends[0] if ends else 0.0)
+        return changed, changed or named != self.named
 
     def _redress(self, events, started, epochs):
         "Everything that is not an animated artist: scales, limits, ticks, titles, hints, marks"
@@ -216,10 +213,7 @@ def plot_history(
 
 # %% ../nbs/17_plots.ipynb #5f42cfbf
 class LiveCurves:
-    """The curves of a running training as PNG bytes, cheap enough for two updates a second.
-
-    Use one object from one thread. `full_draws` and `blits` count what was done.
-    """
+    "The curves of a running training as PNG bytes; for use in one thread. `full_draws` and `blits` count what was done."
 
     def __init__(
         self,
@@ -241,24 +235,27 @@ class LiveCurves:
         history = history.snapshot()
         if history.rows != self._rows:  # Rows are compared by identity first, so this is quick
             self._rows, self._lines = history.rows, run_lines(history, self._metric)
-        moved = self._curves.update(self._lines, thin(*batch_trace), history.events, total_epochs)
-        self._draw(moved or self._background is None)
+        self._draw(*self._curves.update(self._lines, thin(*batch_trace), history.events, total_epochs))
         canvas, out = self._curves.canvas, io.BytesIO()
-        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
-        image.convert("RGB").save(out, "png", compress_level=1)
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
+        image.quantize(palette=_PALETTE, dither=Image.Dither.NONE).save(out, "png", compress_level=1)
         return out.getvalue()
 
-    def _draw(self, everything):
-        "Bring the canvas up to date: background (drawn or restored), then the moving artists"
-        curves = self._curves
-        if everything:
+    def _draw(self, background, labels):
+        "Bring the canvas up to date, with as little drawing as these changes allow"
+        curves, fresh = self._curves, background or self._background is None
+        if fresh:
             curves.canvas.draw()
             self._background = curves.canvas.copy_from_bbox(curves.figure.bbox)
-            self.full_draws += 1
-        else:
-            curves.canvas.restore_region(self._background)
-            self.blits += 1
-        for artist in [curves.band, *curves.lines.values(), *curves.labels.values()]:
+        if fresh or labels:
+            self._layer(self._background, curves.labels.values())
+            self._labelled = curves.canvas.copy_from_bbox(curves.figure.bbox)
+        self._layer(self._labelled, [curves.band, *curves.lines.values()])
+        self.full_draws, self.blits = self.full_draws + fresh, self.blits + (not fresh)
+
+    def _layer(self, below, artists):
+        self._curves.canvas.restore_region(below)
+        for artist in artists:
             artist.axes.draw_artist(artist)
 
 # %% ../nbs/17_plots.ipynb #f616a4b3
@@ -287,10 +284,9 @@ def _sheet(rows, dpi, inch=2.3):
     ax = figure.add_axes((0.01, 0.3 / size[1], 0.98, 1 - 0.55 / size[1]))
     ax.imshow(sheet, interpolation="nearest" if width < inch * dpi else "hanning", aspect="auto", origin="upper")
     ax.set_axis_off()
-    for j, (title, _, _) in enumerate(rows[0]):
-        ax.text((j + 0.5) * width, -gap, title, fontsize=9.5, color=_INK, ha="center", va="bottom", **_FONT)
     for i, row in enumerate(rows):
-        for j, (_, _, text) in enumerate(row):
+        for j, (title, _, text) in enumerate(row):
+            ax.text((j + 0.5) * width, -gap, "" if i else title, fontsize=9.5, color=_INK, ha="center", va="bottom", **_FONT)
             ax.text((j + 0.02) * width, (i + 0.97) * height - gap, text, color="white", fontsize=9, va="bottom", ha="left",
                     path_effects=[withStroke(linewidth=2.2, foreground="black")], **_FONT)
     if across == 4:

@@ -183,12 +183,18 @@ def mark_texts(
 
 # %% ../nbs/14_scales.ipynb #a8342838
 def ink_palette(
-    inks: Sequence[str],  # Colours such as `'#0072B2'`
+    inks: Sequence[str],  # At most twelve colours such as `'#0072B2'`
     paper: str = "#ffffff",  # What they are drawn on
+    apart: float = 9,  # How much two colours differ at least, in the channel where they differ most
 ) -> list[int]:  # 768 numbers: red, green and blue of 256 colours
-    "A palette of inks and their mixtures with the paper in equal steps; every ink and the paper itself are exact."
-    base = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in (paper, *inks)], float)
-    steps = np.linspace(0, 1, 1 + 255 // len(inks))[1:]
-    mixed = [base[0] + step * (ink - base[0]) for ink in base[1:] for step in steps]
-    colors = np.round([base[0], *mixed]).astype(int)
-    return np.pad(colors, ((0, 256 - len(colors)), (0, 0)), mode="edge").ravel().tolist()
+    "A palette of inks, their mixtures with the paper and with each other; the paper comes first and is exact, as every ink is."
+    base = [np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], float) for color in (paper, *inks)]
+    kept = list(base)
+    pairs = [(base[0], ink) for ink in base[1:]] + [(a, b) for i, a in enumerate(base[1:], 1) for b in base[i + 1 :]]
+    for a, b in pairs:
+        for step in np.linspace(0, 1, 25 if a is base[0] else 7)[1:-1]:
+            color = np.round(a + step * (b - a))
+            if min(np.abs(color - other).max() for other in kept) >= apart:
+                kept.append(color)
+    kept = np.array(kept[:256], int)
+    return np.pad(kept, ((0, 256 - len(kept)), (0, 0)), mode="edge").ravel().tolist()

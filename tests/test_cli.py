@@ -1,0 +1,260 @@
+"""The shell command as a shell sees it: real processes, their streams, signals and exit codes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unet_nbtrain
+from unet_nbtrain.demo_data import draw_cells
+
+EPOCHS = 15
+START = [sys.executable, "-c", "import sys, torch; torch.set_num_threads(1); from unet_nbtrain.cli import main; sys.exit(main())"]
+
+# Many lines in one process, since importing torch takes longer than refusing an argument
+MANY = """
+import io, json, sys, traceback
+from contextlib import redirect_stderr, redirect_stdout
+from unet_nbtrain.cli import main
+told = []
+for line in json.load(sys.stdin):
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main(line)
+        except SystemExit as left:
+            code = left.code
+        except BaseException:
+            traceback.print_exc()
+    told.append([code, out.getvalue(), err.getvalue()])
+json.dump(told, sys.stdout)
+"""
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def shell(*arguments, cwd):
+    return subprocess.run([*START, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment(), timeout=120)
+
+
+def write_pairs(folder, count=12, size=32):
+    """Images and masks of 0 and 255, as a person has them"""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for index in range(count):
+        image, mask = draw_cells(index, size=size)
+        Image.fromarray(image).save(folder / "images" / f"{index}.png")
+        Image.fromarray(mask * np.uint8(255)).save(folder / "masks" / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("cli")
+    write_pairs(home / "data")
+    return home
+
+
+def training(run, *more):
+    """A small training, with paths relative to the home folder"""
+    line = "train --images data/images --masks data/masks --val 8:12 --width 4 --depth 2 --batch-size 2 --device cpu"
+    return [*line.split(), "--epochs", EPOCHS, "--run-dir", run, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """A training that nobody interrupted"""
+    done = shell(*training("whole"), cwd=home)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def history(run):
+    return json.loads((run / "history.json").read_text())["rows"]
+
+
+def result(done):
+    """The JSON line, after checking that standard output has nothing else"""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 and done.stdout.endswith("\n"), done.stdout
+    return json.loads(lines[0])
+
+
+def test_the_result_is_one_line_of_json(home, whole):
+    told, rows = result(whole), history(home / "whole")
+    assert {"val_dice", "val_iou", "best_epoch", "epochs", "run_dir"} <= set(told)
+    best = min(rows, key=lambda row: row["val"]["loss"])
+    assert told["epochs"] == EPOCHS == len(rows) and told["best_epoch"] == best["epoch"]
+    assert told["val_dice"] == best["val"]["dice"] and told["val_iou"] == best["val"]["iou"]
+    assert (home / told["run_dir"] / "checkpoints" / "best_model.pth").is_file()
+
+
+def test_what_a_person_sees_is_on_standard_error(home, whole):
+    assert "best_model.pth" in whole.stderr and "val Dice" in whole.stderr and "Traceback" not in whole.stderr
+    assert {"arguments.json", "curves.png", "history.csv", "history.json", "log.jsonl", "tensorboard"} <= set(os.listdir(home / "whole"))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(home, whole, sent):
+    run, name = home / sent.name, sent.name
+    process = subprocess.Popen([*START, *map(str, training(name))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home, env=environment())
+    try:
+        until_rows(run, 2, process)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    told = result(subprocess.CompletedProcess([], 0, out, err))
+    assert 2 <= told["epochs"] < EPOCHS and "stopped by a command" in err
+    state = torch.load(run / "checkpoints" / "last.pth", weights_only=True)
+    assert state["epoch"] == told["epochs"] and state["global_step"] > 0
+
+    elsewhere = home / "elsewhere" / name
+    elsewhere.mkdir(parents=True)
+    done = shell("resume", run, "--quiet", cwd=elsewhere)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert result(done)["epochs"] == EPOCHS
+    assert losses(run) == losses(home / "whole")
+    assert same_weights(run, home / "whole")
+
+
+def until_rows(run, count, process):
+    end = time.monotonic() + 60
+    while not ((run / "history.json").exists() and len(history(run)) >= count):
+        assert process.poll() is None and time.monotonic() < end, "the training ended before it could be interrupted"
+        time.sleep(0.01)
+
+
+def losses(run):
+    return [(row["epoch"], row["train"]["loss"], row["val"]["loss"], row["val"]["dice"]) for row in history(run)]
+
+
+def same_weights(*runs):
+    first, second = (torch.load(run / "checkpoints" / "last.pth", weights_only=True)["model_state_dict"] for run in runs)
+    return all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def test_version(home):
+    done = shell("--version", cwd=home)
+    assert done.returncode == 0 and done.stdout == f"unet-nbtrain {unet_nbtrain.__version__}\n"
+
+
+# What is wrong -> words of the sentence. `{home}` is the folder with the data.
+WRONG_VALUES = {
+    "--epochs 0": "epochs must be a whole number, at least 1; got 0",
+    "--epochs 1.5": "invalid int value: '1.5'",
+    "--lr -1": "lr must be a number, greater than 0; got -1.0",
+    "--lr 0": "greater than 0; got 0.0",
+    "--lr nan": "lr must be a number",
+    "--batch-size 0": "--batch-size 0: give a whole number, 1 or more",
+    "--batch-size -3": "1 or more",
+    "--width 0": "width=0",
+    "--depth 9": "from 1 to 8",
+    "--patience 0": "--patience 0",
+    "--clip 0": "gradient_clip_norm must be",
+    "--workers -1": "0 or more",
+    "--classes 0": "--classes 0",
+    "--classes 2": "labels outside 0 to 1: 255",
+    "--seed 99999999999999999999999": "--seed",
+    "--optimizer best": "adam, adamw, sgd, rmsprop",
+    "--loss best": "bce_dice",
+    "--augment much": "invalid choice: 'much'",
+    "--device tpu7": "Use 'auto' or one of: cpu",
+    "--foreground 7": "The masks hold the values 0, 255",
+    "--crop 0": "size 0",
+    "--image-size -2": "size -2",
+    "--val 0:12": "training and validation both need at least one",
+    "--val 12:8": "is not a range",
+    "--val lost.png": "'lost.png'",
+    "--mask-suffix _zz": "0 pairs found",
+    "--run-dir {home}/file": "is a file",
+    "--run-dir {home}/file/run": "{home}/file",
+    "--resume": "--resume needs --run-dir",
+    "--resume --run-dir {home}/new": "holds no checkpoint",
+    "--images {home}/empty": "no images in {home}/empty",
+    "--images {home}/nowhere": "{home}/nowhere",
+    "--images {home}/file": "is not a folder",
+    "--masks {home}/empty": "no images in {home}/empty",
+    "--images {home}/broken": "{home}/broken/0.png",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(home, whole):
+    """What became of each wrong line: exit code, standard output, standard error; and what was there before and after"""
+    (home / "file").write_text("a file")
+    (home / "empty").mkdir()
+    shutil.copytree(home / "data" / "images", home / "broken")
+    (home / "broken" / "0.png").write_bytes(b"no picture")
+    (home / "moved").mkdir()
+    for folder, text in (("moved", json.dumps(moved(home))), ("torn", '{"command": "tr'), ("odd", "[1]")):
+        shutil.copytree(home / "whole", home / folder, dirs_exist_ok=True)
+        (home / folder / "arguments.json").write_text(text)
+    shutil.copytree(home / "whole", home / "cut")
+    for checkpoint in (home / "cut" / "checkpoints").iterdir():
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    data = "train --images data/images --masks data/masks --width 4 --depth 2 --epochs 1 --device cpu --quiet"
+    lines = {text: [*data.split(), *text.format(home=home).split()] for text in WRONG_VALUES}
+    lines |= {text: text.format(home=home).split() for text in [*RESUMES, ""]}
+    before = set(os.listdir(home))
+    done = subprocess.run([sys.executable, "-c", MANY], input=json.dumps(list(lines.values())), capture_output=True, text=True, cwd=home, env=environment(), timeout=200)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(lines, json.loads(done.stdout), strict=True)), set(os.listdir(home)) - before
+
+
+def moved(home):
+    saved = json.loads((home / "whole" / "arguments.json").read_text())
+    assert Path(saved["images"]) == home / "data" / "images", "paths are written down in full"
+    return saved | {"images": str(home / "gone" / "images")}
+
+
+RESUMES = {
+    "resume {home}/moved": "{home}/gone/images",
+    "resume {home}/torn": "arguments.json cannot be read",
+    "resume {home}/odd": "arguments.json cannot be read",
+    "resume {home}/cut": "No checkpoint can be loaded",
+    "resume {home}/empty": "has no arguments.json",
+    "resume {home}/nowhere": "has no arguments.json",
+    "resume {home}/whole --epochs 0": "epochs must be a whole number, at least 1; got 0",
+}
+
+
+@pytest.mark.parametrize("text", [*WRONG_VALUES, *RESUMES])
+def test_what_is_wrong_is_one_sentence(home, refused, text):
+    code, out, err = refused[0][text]
+    assert code == 2 and out == "", (code, out, err)
+    assert {**WRONG_VALUES, **RESUMES}[text].format(home=home) in err
+    assert "Traceback" not in err and err.splitlines()[-1].startswith("unet-nbtrain")
+
+
+def test_a_wrong_value_leaves_nothing_behind(refused):
+    assert not refused[1]
+
+
+def test_no_command_is_a_wrong_command(refused):
+    code, out, err = refused[0][""]
+    assert code == 2 and out == "" and "COMMAND" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read(home):
+    shutil.copytree(home / "data" / "images", home / "locked")
+    (home / "locked" / "3.png").chmod(0)
+    done = shell(*training("locked_run"), "--images", "locked", cwd=home)
+    assert done.returncode == 2 and done.stdout == "" and "3.png" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_moved_folder_can_be_named(home, refused):
+    done = shell("resume", "moved", "--images", "data/images", "--epochs", EPOCHS + 1, "--quiet", cwd=home)
+    assert done.returncode == 0 and result(done)["epochs"] == EPOCHS + 1, done.stderr
