@@ -38,10 +38,11 @@ class Trainer:
         self.tell("on_run_start")
         while self.current_epoch < self.total_epochs:
             self.tell("on_epoch_start")
-            for self.phase, self.num_batches in zip(("train", "val"), self.sizes):
-                self.batch = 0
-                for self.batch in range(1, self.num_batches + 1):
-                    self.global_step += self.phase == "train"
+            for phase, count in zip(("train", "val"), self.sizes):
+                self.phase, self.num_batches = phase, count
+                for batch in range(1, count + 1):
+                    self.batch = batch
+                    self.global_step += phase == "train"
                     self.tell("on_batch_end", torch.tensor(0.5))
             self.current_epoch, self.batch, self.phase = self.current_epoch + 1, 0, "idle"
             self.history.append(row(self.current_epoch))

@@ -87,6 +87,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unet_nbtrain.control._Clockwork': ('control.html#_clockwork', 'unet_nbtrain/control.py'),
                                       'unet_nbtrain.control._Clockwork.__init__': ( 'control.html#_clockwork.__init__',
                                                                                     'unet_nbtrain/control.py'),
+                                      'unet_nbtrain.control._Clockwork.__repr__': ( 'control.html#_clockwork.__repr__',
+                                                                                    'unet_nbtrain/control.py'),
                                       'unet_nbtrain.control._Clockwork._enter': ( 'control.html#_clockwork._enter',
                                                                                   'unet_nbtrain/control.py'),
                                       'unet_nbtrain.control._Clockwork._tell': ('control.html#_clockwork._tell', 'unet_nbtrain/control.py'),

@@ -143,6 +143,10 @@ class _Clockwork(_Outside):
         since = self._since
         return self._active + (time.monotonic() - since if since is not None else 0.0)
 
+    def __repr__(self):
+        waiting = f", waiting: {', '.join(self.requests)}" if self.requests else ""
+        return f"<Run: {self.state}{waiting}{': ' + self.reason if self.reason else ''}>"
+
     def _enter(self, state):
         now = time.monotonic()
         self._active += now - self._since if self._since is not None else 0.0

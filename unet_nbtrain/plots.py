@@ -23,7 +23,7 @@ from PIL import Image
 
 from .files import atomic_write
 from .history import History
-from .overlays import ERROR_COLORS, sample_rows, tile
+from .overlays import ERROR_COLORS, compare_labels, sample_rows, tile, to_labels
 from .scales import clear_spot, even_tick_texts, fit_ranges, fit_right, ink_palette, mark_texts, run_lines, thin, tick_text
 
 # %% ../nbs/17_plots.ipynb #238c436c
@@ -117,7 +117,7 @@ class _Canvas:
         told = {"train": "train", "val": "validation", "batch": "each batch"}
         self.axes[0].legend(
             handles=[Line2D([], [], **_STYLES[kind], label=label) for kind, label in told.items()], loc="lower right", bbox_to_anchor=(1, 0.995), ncols=3, frameon=False, prop={**_PLAIN, "size": 8.5}, labelcolor=_FAINT,
-            handlelength=1.6, handleheight=0.7, handletextpad=0.5, columnspacing=1.2, borderpad=0.2, borderaxespad=0.1, labelspacing=0.5,
+            handlelength=1.4, handleheight=0.7, handletextpad=0.4, columnspacing=0.9, borderpad=0.2, borderaxespad=0.1, labelspacing=0.5,
             numpoints=1, markerscale=1)
 
     def _name_best(self, now):
@@ -271,10 +271,13 @@ def plot_samples(
     dpi: float = 130,  # Dots per inch
 ) -> Figure:
     "Rows of image, truth, prediction and errors, with the Dice of each image; raises `ValueError` if the numbers differ."
-    return _sheet(sample_rows(images, masks, predictions, names, ignore_index, threshold, most), dpi)
+    rows = sample_rows(images, masks, predictions, names, ignore_index, threshold, most)
+    pairs = [(mask, to_labels(found, threshold)) for mask, found in zip(masks, () if predictions is None else predictions)][:most]
+    seen = {name for pair in pairs for name, where in compare_labels(*pair, ignore_index).items() if where.any()}
+    return _sheet(rows, [name for name in ERROR_COLORS if name in seen], dpi)
 
 
-def _sheet(rows, dpi, inch=2.3):
+def _sheet(rows, errors, dpi, inch=2.3):
     "A figure of one picture, with a text in the corner of each cell, titles above and a legend below"
     gap, across = max(2, rows[0][0][1].shape[1] // 32), len(rows[0])
     sheet = tile([[picture for _, picture, _ in row] for row in rows], gap)
@@ -289,8 +292,8 @@ def _sheet(rows, dpi, inch=2.3):
             ax.text((j + 0.5) * width, -gap, "" if i else title, fontsize=9.5, color=_INK, ha="center", va="bottom", **_FONT)
             ax.text((j + 0.02) * width, (i + 0.97) * height - gap, text, color="white", fontsize=9, va="bottom", ha="left",
                     path_effects=[withStroke(linewidth=2.2, foreground="black")], **_FONT)
-    if across == 4:
-        handles = [Patch(facecolor=color, edgecolor="none", linewidth=0, label=name) for name, color in ERROR_COLORS.items()]
+    if errors:
+        handles = [Patch(facecolor=ERROR_COLORS[name], edgecolor="none", linewidth=0, label=name) for name in errors]
         figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(0.995, 0), ncols=4, frameon=False, labelcolor=_INK,
                       borderaxespad=0.2, prop={**_PLAIN, "size": 9})
     return figure

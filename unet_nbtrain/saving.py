@@ -115,7 +115,7 @@ class _Restoring(_Loading):
     "Position, early stopping and best weights, as they were"
 
     def _load_position(self, state):
-        self.current_epoch, self.global_step = state["epoch"], state["global_step"]
+        self.current_epoch, self.global_step, self.total_epochs = state["epoch"], state["global_step"], state["total_epochs"]
         self._start_batch, self._spent, self._train_metrics = state["batch"], state["seconds"], state["train_metrics"]
         self._train_meter.load_state_dict(state["meter"], self.device)
         self.history.load_state_dict(state["history"])
