@@ -60,7 +60,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'unet_nbtrain.cli._check_folder': ('cli.html#_check_folder', 'unet_nbtrain/cli.py'),
                                   'unet_nbtrain.cli._fail': ('cli.html#_fail', 'unet_nbtrain/cli.py'),
                                   'unet_nbtrain.cli._make_loaders': ('cli.html#_make_loaders', 'unet_nbtrain/cli.py'),
-                                  'unet_nbtrain.cli._picture': ('cli.html#_picture', 'unet_nbtrain/cli.py'),
                                   'unet_nbtrain.cli._require_foreground': ('cli.html#_require_foreground', 'unet_nbtrain/cli.py'),
                                   'unet_nbtrain.cli._run': ('cli.html#_run', 'unet_nbtrain/cli.py'),
                                   'unet_nbtrain.cli._saved_arguments': ('cli.html#_saved_arguments', 'unet_nbtrain/cli.py'),

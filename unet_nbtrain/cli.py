@@ -21,11 +21,13 @@ import torch
 import unet_nbtrain
 
 from .dataset import create_dataloaders, demo_dataloaders
+from .early_stopping import EarlyStopping
 from .files import atomic_write
 from .losses import create_loss_function
 from .mask_report import describe_masks
 from .optimizers import create_optimizer
 from .plots import plot_history, save_png
+from .schedulers import create_scheduler
 from .state import check_setting, default_observers, new_run_dir
 from .trainer import UNetTrainer
 from .unet_model import UNet
@@ -99,7 +101,9 @@ def _add_training(parser, epochs):
     add("--lr", type=float, default=1e-3, help="learning rate; default 1e-3")
     add("--optimizer", default="adamw", help="adam, adamw (default), sgd or rmsprop")
     add("--loss", default="auto", help="auto (default), bce, ce, dice, bce_dice, ce_dice, focal or tversky")
-    add("--patience", type=int, help="end after so many epochs without a better validation loss")
+    add("--schedule", default="none", choices=["none", "cosine", "plateau"], help="how the learning rate falls; default none")
+    add("--monitor", default="loss", help="validation number that decides which epoch is best, e.g. dice; default loss")
+    add("--patience", type=int, help="end after so many epochs without a better one")
     add("--clip", type=float, help="largest norm of the gradient")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 …")
     add("--seed", type=int, default=0, help="default 0")
@@ -150,25 +154,24 @@ def make_trainer(
     classes = getattr(arguments, "classes", 1)
     torch.manual_seed(arguments.seed)
     model = UNet(loaders[0].dataset.n_channels, classes, width=arguments.width, depth=arguments.depth)
+    optimizer = create_optimizer(model, arguments.optimizer, lr=arguments.lr)
+    length = {"T_max": arguments.epochs} if arguments.schedule == "cosine" else {}
+    schedule = None if arguments.schedule == "none" else create_scheduler(optimizer, arguments.schedule, **length)
     trainer = UNetTrainer(
         model,
         *loaders,
         criterion=create_loss_function(classes, name=arguments.loss, ignore_index=getattr(arguments, "ignore_index", None)),
-        optimizer=create_optimizer(model, arguments.optimizer, lr=arguments.lr),
+        optimizer=optimizer,
+        scheduler=schedule,
         device=arguments.device,
-        early_stopping_patience=arguments.patience,
         seed=arguments.seed,
         run_dir=run_dir,
-        observers=default_observers(run_dir, run_dir / "tensorboard", not arguments.quiet, picture=_picture),
+        observers=default_observers(run_dir, run_dir / "tensorboard", not arguments.quiet, lambda history: save_png(plot_history(history))),
     )
+    trainer.early_stopping = EarlyStopping(arguments.patience, monitor=arguments.monitor)
     if arguments.clip is not None:
         trainer.set("gradient_clip_norm", arguments.clip)
     return trainer
-
-
-def _picture(history):
-    "The curves as PNG, for the folder of the run"
-    return save_png(plot_history(history))
 
 
 def _make_loaders(arguments):
