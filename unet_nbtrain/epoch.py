@@ -6,6 +6,8 @@
 __all__ = ['epoch_batches', 'shield_workers', 'check_batch', 'batch_weight', 'EpochMeter']
 
 # %% ../nbs/13_epoch.ipynb #ee4e80ef
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -71,7 +73,12 @@ class _Shielded:
 def shield_workers(
     loader: Iterable,  # Any loader; only a `DataLoader` with workers is changed
 ) -> None:
-    "Have a loader's worker processes ignore interrupts, so that breaking off a cell does not kill a training in the background."
+    """Have a loader's worker processes ignore interrupts, so that breaking off a cell does not kill a training in the background.
+
+    In a background thread, interrupts are blocked for the thread as well: its workers inherit that from their first moment.
+    """
+    if threading.current_thread() is not threading.main_thread() and hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if isinstance(loader, DataLoader) and loader.num_workers and not isinstance(loader.worker_init_fn, _Shielded):
         if loader.worker_init_fn is not start_worker:
             loader.worker_init_fn = _Shielded(loader.worker_init_fn)

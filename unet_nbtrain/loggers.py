@@ -171,8 +171,9 @@ class TensorBoardLogger:
         "Open a new event file that hides the steps to come from older ones."
         from torch.utils.tensorboard import SummaryWriter
 
-        if any(self.log_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(1 - time.time() % 1)
+        newest = max((int(path.name.split(".")[3]) for path in self.log_dir.glob("events.out.tfevents.*")), default=0)
+        while newest - 2 < time.time() < newest + 1:  # Readers order files by the second in their names
+            time.sleep(0.05)
         self._writer = SummaryWriter(str(self.log_dir), purge_step=trainer.current_epoch + 1)
 
     def on_epoch_end(self, trainer, row) -> None:
