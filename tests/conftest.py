@@ -38,3 +38,15 @@ def pytest_sessionfinish(session, exitstatus):
 def pytest_terminal_summary(terminalreporter):
     if REQUIRE_BROWSER and not _ran_in_browser:
         terminalreporter.write_line("REQUIRE_BROWSER=1, but no browser test ran.", red=True)
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch on one thread and from one seed: the same bits whatever ran before, and no fight for the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

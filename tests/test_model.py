@@ -13,13 +13,7 @@ from unet_nbtrain.unet_model import UNet, Up
 FORMS = pytest.mark.parametrize("bilinear", [True, False], ids=["bilinear", "transposed"])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noisy(model):
