@@ -144,7 +144,7 @@ class Lab:
 
     def picture(self):
         """The address of the curves' picture; it changes with each new picture"""
-        return self.panel().locator("img").get_attribute("src")
+        return self.panel().locator("img.unt-plot").get_attribute("src")
 
     def until(self, condition, what, seconds=30):
         """Seconds until a condition holds"""

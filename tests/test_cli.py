@@ -172,16 +172,39 @@ WRONG_VALUES = {
     "--augment much": "invalid choice: 'much'",
     "--device tpu7": "Use 'auto' or one of: cpu",
     "--foreground 7": "The masks hold the values 0, 255",
-    "--crop 0": "size 0",
-    "--image-size -2": "size -2",
+    "--crop 0": "crop=0: use a whole number",
+    "--image-size -2": "image_size=-2",
     "--val 0:12": "training and validation both need at least one",
     "--val 12:8": "is not a range",
     "--val lost.png": "'lost.png'",
-    "--mask-suffix _zz": "0 pairs found",
+    "--mask-suffix _zz": "_zz",
     "--run-dir {home}/file": "is a file",
     "--run-dir {home}/file/run": "{home}/file",
     "--resume": "--resume needs --run-dir",
     "--resume --run-dir {home}/new": "holds no checkpoint",
+    "--resume --overwrite --run-dir {home}/whole": "not both",
+    "--run-dir {home}/whole": "holds a run already",
+    "--class-weights much": "write balanced, or numbers",
+    "--class-weights 1 2": "--class-weights has 2 numbers for --classes 1",
+    "--classes 3 --class-names a b": "--class-names has 2 entries for --classes 3",
+    "--classes 2 --colors red green": "write colours as '#ff8000'",
+    "--colors nowhere.txt": "nowhere.txt",
+    "--foreground-crops 0.5": "give their size with --crop",
+    "--crop 16 --foreground-crops 1.5": "from 0",
+    "--image-size 8 8 8": "one number, or height and width",
+    "--group (": "is not a regular expression",
+    "--accumulate 0": "accumulate_gradients must be",
+    "--ema 1": "ema_decay must be",
+    "--top-k 0": "save_top_k must be",
+    "--save-every 0": "save_every_n_epochs must be",
+    "--warmup -1": "--warmup -1",
+    "--warmup 1": "takes all of --epochs 1",
+    "--schedule onecycle --warmup 1 --epochs 4": "one-cycle climbs by itself",
+    "--weight-decay -1": "--weight-decay -1.0: give a number",
+    "--schedule best": "invalid choice: 'best'",
+    "--amp fp16": "needs a GPU",
+    "--log-level loud": "invalid choice: 'loud'",
+    "--monitor beauty": "beauty",
     "--images {home}/empty": "no images in {home}/empty",
     "--images {home}/nowhere": "{home}/nowhere",
     "--images {home}/file": "is not a folder",
@@ -227,6 +250,15 @@ RESUMES = {
     "resume {home}/empty": "has no arguments.json",
     "resume {home}/nowhere": "has no arguments.json",
     "resume {home}/whole --epochs 0": "epochs must be a whole number, at least 1; got 0",
+    "predict {home}/nowhere.pth data/images --out {home}/masks": "nowhere.pth does not exist",
+    "predict {home}/data data/images --out {home}/masks": "holds no checkpoint",
+    "predict {home}/whole {home}/nowhere --out {home}/masks": "{home}/nowhere is not there",
+    "predict {home}/whole {home}/empty --out {home}/masks": "no images in {home}/empty",
+    "predict {home}/whole data/images --out {home}/file": "{home}/file",
+    "predict {home}/whole data/images --out {home}/masks --threshold 2": "between 0 and 1",
+    "evaluate {home}/whole --images data/images --masks {home}/empty": "{home}/empty",
+    "evaluate {home}/whole --images data/images --masks data/masks --only lost.png": "'lost.png'",
+    "evaluate {home}/whole --images data/images --masks data/masks --only 9:99": "there is no image 12",
 }
 
 
@@ -258,3 +290,106 @@ def test_what_may_not_be_read(home):
 def test_a_moved_folder_can_be_named(home, refused):
     done = shell("resume", "moved", "--images", "data/images", "--epochs", EPOCHS + 1, "--quiet", cwd=home)
     assert done.returncode == 0 and result(done)["epochs"] == EPOCHS + 1, done.stderr
+
+
+# A folder that holds a run
+
+
+def test_a_run_is_replaced_only_by_name(home, whole):
+    shutil.copytree(home / "whole", home / "kept")
+    (home / "kept" / "notes.txt").write_text("mine")
+    before = (home / "kept" / "history.json").read_bytes()
+    refused = shell(*training("kept", "--epochs", 1), cwd=home)
+    assert refused.returncode == 2 and refused.stdout == "" and "--overwrite" in refused.stderr
+    wrong = shell(*training("kept", "--overwrite", "--foreground", 7), cwd=home)
+    assert wrong.returncode == 2 and (home / "kept" / "history.json").read_bytes() == before
+    done = shell(*training("kept", "--overwrite", "--epochs", 1, "--quiet"), cwd=home)
+    assert done.returncode == 0 and result(done)["epochs"] == 1 and len(history(home / "kept")) == 1
+    assert (home / "kept" / "notes.txt").is_file() and not json.loads((home / "kept" / "arguments.json").read_text())["resume"]
+
+
+def test_a_run_of_an_older_version_is_resumed(home, whole):
+    """Its arguments.json knows nothing of later options, and has --image-size as one number"""
+    shutil.copytree(home / "whole", home / "older")
+    then = "command quiet images masks mask_suffix val foreground classes ignore_index image_size crop augment workers epochs batch_size width depth lr"
+    then += " optimizer loss schedule monitor patience clip device seed run_dir resume"
+    saved = json.loads((home / "whole" / "arguments.json").read_text())
+    (home / "older" / "arguments.json").write_text(json.dumps({name: saved[name] for name in then.split()} | {"image_size": 32}))
+    done = shell("resume", "older", "--epochs", EPOCHS + 1, "--quiet", cwd=home)
+    assert done.returncode == 0 and result(done)["epochs"] == EPOCHS + 1, done.stderr
+
+
+@pytest.fixture(scope="module")
+def several(home):
+    """A training of three classes with nearly all options, in a folder of its own"""
+    for kind in ("images", "kinds"):
+        (home / "several" / kind).mkdir(parents=True)
+    for index in range(12):
+        image, mask = draw_cells(index, size=32, n_classes=3)
+        Image.fromarray(image).save(home / "several" / "images" / f"p{index // 3}_{index}.png")
+        Image.fromarray(mask).save(home / "several" / "kinds" / f"p{index // 3}_{index}_L.png")
+    (home / "several" / "names.txt").write_text("background\nround\nlong\n")
+    line = "train --images several/images --masks several/kinds --mask-pattern {name}_L --group ^(p\\d+)_ --val 0.25 --classes 3 --class-names several/names.txt"
+    line += " --class-weights balanced --crop 16 --foreground-crops 0.5 --normalize --width 4 --depth 2 --batch-size 2 --accumulate 2 --epochs 4 --device cpu"
+    line += " --schedule polynomial --warmup 1 --weight-decay 0.01 --optimizer sgd --loss ce_dice --monitor dice --ema 0.9 --top-k 2 --save-every 2 --amp off"
+    done = shell(*line.split(), "--log-level", "info", "--run-dir", "three", cwd=home)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_several_classes_have_names(home, several):
+    told = result(several)
+    assert list(told["per_class_dice"]) == ["background", "round", "long"] and told["epochs"] == 4
+    best = max(history(home / "three"), key=lambda row: row["val"]["dice"])
+    assert told["val_dice"] == best["val"]["dice"] and told["per_class_dice"]["round"] == best["val"]["per_class"]["dice"][1]
+    before, after = several.stderr.split("epoch 1/4", 1) if "epoch 1/4" in several.stderr else several.stderr.split("1/4", 1)
+    assert all(name in before and name in after for name in ("background", "round", "long")), several.stderr
+
+
+def test_a_run_with_the_later_options_is_resumed(home, several):
+    shutil.copytree(home / "three", home / "three_more")
+    (home / "several" / "names.txt").rename(home / "several" / "renamed.txt")
+    done = shell("resume", "three_more", "--epochs", 5, "--quiet", cwd=home)
+    (home / "several" / "renamed.txt").rename(home / "several" / "names.txt")
+    assert done.returncode == 0 and result(done)["epochs"] == 5 and done.stderr == "", done.stderr
+    assert list(result(done)["per_class_dice"]) == ["background", "round", "long"]
+
+
+def test_evaluate_gives_the_numbers_of_the_training(home, several, whole):
+    done = shell(*"evaluate whole --images data/images --masks data/masks --only 8:12 --batch-size 2".split(), cwd=home)
+    assert done.returncode == 0 and result(done)["val_dice"] == result(whole)["val_dice"], done.stderr
+    assert result(done)["images"] == 4 and "per_class_dice" not in result(done)
+    done = shell(*"evaluate three --images several/images --masks several/kinds --mask-pattern {name}_L".split(), cwd=home)
+    assert done.returncode == 0 and list(result(done)["per_class_dice"]) == ["background", "round", "long"], done.stderr
+    assert "round" in done.stderr and result(done)["images"] == 12
+
+
+def test_predict_goes_on_after_a_broken_image(home, several):
+    shutil.copytree(home / "several" / "images", home / "new")
+    (home / "new" / "p0_1.png").write_bytes(b"no picture")
+    done = shell(*"predict three new data/images/0.png --out found --overlay --probabilities".split(), cwd=home)
+    assert done.returncode == 1 and result(done) == {"images": 13, "failed": 1, "out": "found"}
+    assert "new/p0_1.png" in done.stderr and "Traceback" not in done.stderr
+    assert len(list((home / "found").glob("*_mask.png"))) == len(list((home / "found").glob("*_overlay.png"))) == 12
+    mask = np.asarray(Image.open(home / "found" / "p0_0_mask.png"))
+    assert np.array_equal(mask, np.load(home / "found" / "p0_0_probabilities.npy").argmax(0))
+    quiet = shell(*"predict three/checkpoints/best_model.pth new --out quiet --quiet".split(), cwd=home)
+    assert quiet.returncode == 1 and len(quiet.stderr.splitlines()) == 1 and "p0_1.png" in quiet.stderr
+
+
+CAMVID = Path(__file__).parents[2] / "shared" / "data" / "camvid"
+NAMES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="the CamVid images are not at ../shared/data/camvid")
+def test_camvid_trains_with_class_weights(tmp_path):
+    line = f"train --images {CAMVID}/images --masks {CAMVID}/masks --val 40:52 --classes 11 --ignore-index 11 --class-weights balanced --class-names"
+    more = "--image-size 72 96 --width 8 --depth 3 --batch-size 4 --epochs 2 --device cpu --workers 0 --augment light --run-dir run"
+    done = shell(*line.split(), *NAMES, *more.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = result(done)
+    assert list(told["per_class_dice"]) == NAMES and told["epochs"] == 2
+    first, last = (history(tmp_path / "run")[i]["train"]["loss"] for i in (0, -1))
+    assert last < first and any(value for value in told["per_class_dice"].values())
+    table = [line.split() for line in done.stderr.split("best: epoch")[1].splitlines()]
+    assert [row[0] for row in table if row and row[0] in NAMES] == NAMES, done.stderr

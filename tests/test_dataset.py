@@ -18,9 +18,11 @@ from unet_nbtrain.augmentation import get_augmentation_pipeline
 from unet_nbtrain.core import natural_key
 from unet_nbtrain.dataset import SegmentationDataset, create_dataloaders, demo_dataloaders
 from unet_nbtrain.demo_data import draw_cells
-from unet_nbtrain.image_files import pair_files, read_header, read_image, read_labels, read_mask
+from unet_nbtrain.image_files import read_header, read_image, read_labels, read_mask
 from unet_nbtrain.mask_report import describe_masks
-from unet_nbtrain.sampling import ResumableBatchSampler, SampleKey, default_workers, make_loader, split_positions
+from unet_nbtrain.pairing import pair_files
+from unet_nbtrain.sampling import ResumableBatchSampler, SampleKey, default_workers, make_loader
+from unet_nbtrain.splits import split_positions
 
 DATA = Path(__file__).resolve().parents[1] / "../shared/data"
 needs_workers = pytest.mark.skipif(sys.platform == "win32", reason="worker processes are tested on POSIX systems")

@@ -55,6 +55,7 @@ def test_round_trips_of_random_histories(tmp_path, seed):
     "JSON, CSV, state and pickle give back what went in; CSV bit for bit, JSON except that infinities become NaN"
     rng = random.Random(seed)
     history = History()
+    history.class_names = rng.choice([None, [], ["background", "<cell>", "é\n\"x\""]])
     for epoch in range(1, rng.randint(2, 7)):
         history.append(random_row(rng, epoch))
         history.mark(rng.choice(["set", "pause", "mine"]), epoch - 0.5, epoch * 10, rng.choice(["", "<b>", "é\n"]))
@@ -62,7 +63,8 @@ def test_round_trips_of_random_histories(tmp_path, seed):
     assert same(sorted(map(str, rows)), sorted(map(str, to_plain(history.rows))))
 
     loaded = History.load(history.save(tmp_path / "h.json"))
-    assert same(loaded.state_dict(), history.state_dict())
+    assert same(loaded.state_dict() | {"class_names": None}, history.state_dict() | {"class_names": None})
+    assert loaded.class_names == (history.class_names or None)
 
     by_epoch = {row["epoch"]: row for row in History.from_csv(history.to_csv(tmp_path / "h.csv")).rows}
     for row in rows:
@@ -70,7 +72,8 @@ def test_round_trips_of_random_histories(tmp_path, seed):
 
     other = History()
     other.load_state_dict(history.state_dict())
-    for clone in (other, pickle.loads(pickle.dumps(history)), copy.deepcopy(history)):
+    other.class_names = history.class_names
+    for clone in (other, history.snapshot(), pickle.loads(pickle.dumps(history)), copy.deepcopy(history)):
         assert same(clone.state_dict(), history.state_dict())
 
 
@@ -106,7 +109,7 @@ def test_state_shares_nothing_and_bad_state_changes_nothing():
     state = history.state_dict()
     state["rows"][0]["val"]["per_class"]["dice"][0] = 9
     assert history.rows[0]["val"]["per_class"]["dice"] == [0.5]
-    for bad in (None, [], {}, {"rows": [], "events": None}, {"rows": [{"epoch": 2}, {"epoch": 1}], "events": []},
+    for bad in ({"rows": [], "events": [], "class_names": "ab"}, {"rows": [], "events": [], "class_names": [1]}, None, [], {}, {"rows": [], "events": None}, {"rows": [{"epoch": 2}, {"epoch": 1}], "events": []},
                 {"rows": [{"epoch": True}], "events": []}, {"rows": [], "events": [{"kind": ""}]}, {"rows": [], "events": [[]]}):
         with pytest.raises((ValueError, TypeError)):
             history.load_state_dict(bad)
@@ -138,6 +141,7 @@ def test_hostile_files_raise_only_value_errors_that_name_the_file(tmp_path, kind
     for epoch in range(1, 5):
         history.append({"epoch": epoch, "val": {"loss": 1 / epoch, "per_class": {"dice": [0.5, math.nan]}}, "lr": 1e-3, "note": "a"})
         history.mark("set", epoch, epoch, "x")
+    history.class_names = ["ground", "cell"]
     path = tmp_path / f"h.{kind}"
     read = History.load if kind == "json" else History.from_csv
     (history.save if kind == "json" else history.to_csv)(path)
@@ -151,6 +155,7 @@ def test_hostile_files_raise_only_value_errors_that_name_the_file(tmp_path, kind
             assert str(path) in str(error) and len(str(error)) < 600
         else:
             str(found), found._repr_html_(), found.columns()
+            assert found.class_names is None or all(isinstance(name, str) for name in found.class_names)
             assert found["epochs"] == sorted(set(found["epochs"]))
     assert refused > 700
 
@@ -301,3 +306,85 @@ def test_the_record_needs_neither_torch_nor_numpy():
     root = os.path.dirname(sys.modules["unet_nbtrain.history"].__file__)
     out = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# Classes
+
+
+def with_classes(names=None, **scores):
+    history = History()
+    history.class_names = names
+    for epoch, best in ((1, True), (2, True), (3, False)):
+        history.append({"epoch": epoch, "val": {"loss": 1.0, "dice": 0.1 * epoch, "iou": math.nan, "per_class": scores}, "best": best})
+    return history
+
+
+def cells(table):
+    "The table as rows of words, without what says where it is from"
+    return [line.split() for line in str(table).splitlines()[:-1]]
+
+
+def test_the_table_of_classes_is_that_of_the_best_epoch_unless_told_otherwise():
+    history = with_classes(["a", "b", "c"], dice=[0.9, math.nan, 0.5], iou=[0.8, None, 1 / 3])
+    assert cells(history.class_table()) == [
+        ["class", "Dice", "IoU"], ["a", "0.9000", "0.8000"], ["b", "\u2014", "\u2014"], ["c", "0.5000", "0.3333"], ["mean", "0.2000", "\u2014"]]
+    assert "epoch 2" in str(history.class_table()) and "epoch 3" in str(history.class_table(3))
+    assert cells(history.class_table(3))[-1] == ["mean", "0.3000", "\u2014"]
+    page = history.class_table()._repr_html_()
+    assert page.count("<tr>") == 5 and "\u2014" in page
+
+
+@pytest.mark.parametrize(("names", "shown"), [
+    (None, ["class 0", "class 1"]), ([], ["class 0", "class 1"]), (["a"], ["a", "class 1"]), (["a", "b", "c"], ["a", "b"])])
+def test_names_that_are_too_few_or_too_many(names, shown):
+    table = str(with_classes(names, dice=[0.5, 0.25]).class_table())
+    assert [line[2:].split("  ")[0].rstrip() for line in table.splitlines()[1:3]] == shown
+
+
+def test_one_class_and_odd_scores():
+    assert cells(with_classes(None, dice=[0.5]).class_table())[1] == ["foreground", "0.5000"]
+    assert cells(with_classes(["ground", "cell"], dice=[0.5]).class_table())[1] == ["cell", "0.5000"]
+    assert cells(with_classes(None, dice=[0.5], hd=[], mine=["x", 2]).class_table())[1:3] == [["class", "0", "0.5000", "\u2014", "\u2014"], ["class", "1", "\u2014", "\u2014", "2.0000"]]
+    evil = with_classes(["<img src=x>", "b"], dice=[0.5, 0.5]).class_table()._repr_html_()
+    assert "<img" not in evil and "&lt;img" in evil
+    for bad in (with_classes(None), with_classes(None, dice=0.5), with_classes(None, dice=[])):
+        with pytest.raises(ValueError, match="epoch 2 has no scores per class"):
+            bad.class_table()
+    with pytest.raises(ValueError, match="no epoch 7. It has the epochs 1 to 3"):
+        with_classes(None, dice=[0.5]).class_table(7)
+
+
+def test_per_class_scores_are_columns():
+    history = with_classes(None, dice=[0.5, math.nan])
+    assert {"val.per_class.dice.0", "val.per_class.dice.1"} <= set(history.columns())
+    assert history.column("val.per_class.dice.0") == [0.5] * 3
+
+
+# Plots
+
+PLOT = """
+import sys
+from unet_nbtrain.history import History
+history = History()
+for epoch in range(1, 4):
+    history.append({"epoch": epoch, "train": {"loss": 1 / epoch}, "val": {"loss": 1 / epoch, "dice": 0.5, "mine": 3.0}, "lr": 0.1})
+first = "matplotlib" in sys.modules
+figure = history.plot("mine", log=True, dpi=40)
+figure.savefig(sys.argv[1])
+print(first, "matplotlib.pyplot" in sys.modules, [ax.get_title(loc="left") for ax in figure.axes], "_repr_png_" in dir(figure))
+import matplotlib.pyplot as plt
+print(plt.get_fignums())
+"""
+
+
+def test_plot_loads_matplotlib_at_its_first_call_and_never_pyplot(tmp_path):
+    done = subprocess.run([sys.executable, "-c", PLOT, str(tmp_path / "a.png")], capture_output=True, text=True)
+    assert done.stdout == "False False ['Loss (log)', 'mine', 'Learning rate'] True\n[]\n", done.stderr
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_misspelt_metric_in_a_plot_lists_the_columns():
+    history = with_classes(None, dice=[0.5])
+    with pytest.raises(KeyError, match="val.dise.*val.dice"):
+        history.plot("dise")
+    assert len(History().plot("dise", dpi=20).axes) == 3

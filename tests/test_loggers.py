@@ -14,8 +14,11 @@ import types
 import pytest
 import torch
 
+from unet_nbtrain.events import Observers
 from unet_nbtrain.history import History
-from unet_nbtrain.loggers import HistoryFiles, ProgressBar, RunLog, TensorBoardLogger, describe_run, epoch_line, scalars
+from unet_nbtrain.loggers import HistoryFiles, ProgressBar, RunLog, TensorBoardLogger
+from unet_nbtrain.run_log import configure_logging, describe_run, epoch_line, is_on_console
+from unet_nbtrain.tensorboard_logger import prediction_sheet, scalars
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
@@ -58,14 +61,26 @@ def row(epoch, **more):
 
 
 def read_back(log_dir):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    "What TensorBoard shows: run -> tag -> points (step, value); pictures without a value"
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-    reader = EventAccumulator(str(log_dir)).Reload()
-    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    reader, shown = EventMultiplexer().AddRunsFromDirectory(str(log_dir)).Reload(), {}
+    for run, kinds in reader.Runs().items():
+        shown[run] = {tag: [(event.step, event.value) for event in reader.Scalars(run, tag)] for tag in kinds["scalars"]}
+        shown[run] |= {tag: [(event.step, None) for event in reader.Images(run, tag)] for tag in kinds["images"]}
+    return shown
 
 
-def steps(log_dir, tag="Loss/val"):
-    return [step for step, _ in read_back(log_dir)[tag]]
+def steps(log_dir, tag="Loss"):
+    "The steps of a tag, which must be the same in both runs"
+    train, val = ([step for step, _ in run[tag]] for run in map(read_back(log_dir).get, ("train", "validation")))
+    assert train == val
+    return val
+
+
+def doubled(log_dir):
+    "Tags of which a step is shown twice"
+    return [(run, tag) for run, tags in read_back(log_dir).items() for tag, points in tags.items() if len({step for step, _ in points}) < len(points)]
 
 
 # TensorBoard
@@ -75,10 +90,11 @@ def test_every_number_of_a_row_arrives(tmp_path):
     trainer = Trainer(TensorBoardLogger(tmp_path), epochs=3)
     trainer.train()
     shown = read_back(tmp_path)
-    assert set(shown) == {"Loss/train", "Loss/val", "Dice/train", "Dice/val", "DicePerClass/val_0", "DicePerClass/val_2", "LearningRate",
-                          "Time/epoch", "Time/images_per_second"}
-    assert [value for _, value in shown["Loss/val"]] == pytest.approx([2.0, 1.0, 2 / 3])
-    assert all([step for step, _ in points] == [1, 2, 3] for points in shown.values())
+    assert set(shown) == {"train", "validation"}
+    assert set(shown["train"]) == {"Loss", "Dice", "LearningRate", "Time/seconds_per_epoch", "Time/images_per_second"}
+    assert set(shown["validation"]) == {"Loss", "Dice", "DicePerClass/0", "DicePerClass/2", "Best/Loss", "Best/Dice"}
+    assert [value for _, value in shown["validation"]["Loss"]] == pytest.approx([2.0, 1.0, 2 / 3])
+    assert all([step for step, _ in points] == [1, 2, 3] for tags in shown.values() for points in tags.values())
 
 
 @pytest.mark.parametrize("resumed_from", [0, 1, 3, 6])
@@ -86,12 +102,12 @@ def test_no_step_is_doubled_after_a_crash_and_a_resume(tmp_path, resumed_from):
     "The process dies after epoch 6 (no goodbye), and goes on from an earlier checkpoint: each step once, the new values"
     trainer = Trainer(TensorBoardLogger(tmp_path), epochs=8)
     trainer.train(stop_after=6)
-    trainer.observers[0]._writer.close()
+    trainer.observers[0]._close()
     again = Trainer(TensorBoardLogger(tmp_path), epochs=8)
     again.current_epoch = resumed_from
     time.sleep(0.01)
     again.train()
-    assert steps(tmp_path) == list(range(1, 9))
+    assert steps(tmp_path) == list(range(1, 9)) and not doubled(tmp_path)
 
 
 def test_three_sessions_in_one_second(tmp_path):
@@ -104,22 +120,145 @@ def test_three_sessions_in_one_second(tmp_path):
 
 
 def test_custom_metrics_and_odd_names_travel(tmp_path):
-    told = scalars({**row(1, **{"hd.95": 3.0, "a/b": 1, "note": "text", "flag": True}), "data_wait": 0.25, "extra": "x"})
-    assert told["hd.95/val"] == 3.0 and told["a/b/val"] == 1.0 and told["flag/val"] == 1.0 and told["Run/data_wait"] == 0.25
-    assert all(isinstance(value, float) for value in told.values()) and "note/val" not in told
+    told = scalars({**row(1, **{"hd.95": 3.0, "a/b": 1, "note": "text", "flag": True}), "data_wait": 0.25, "extra": "x", "mine": 2})
+    val = told["validation"]
+    assert val["hd.95"] == 3.0 and val["a/b"] == 1.0 and val["flag"] == 1.0 and "note" not in val
+    assert told["train"]["Time/data_wait"] == 0.25 and told["train"]["Run/mine"] == 2.0
+    assert all(isinstance(value, float) for tags in told.values() for value in tags.values())
     logger = TensorBoardLogger(tmp_path)
     logger.on_run_start(Trainer())
     logger.on_epoch_end(Trainer(), row(1, **{"hd.95": 3.0, "a/b": 1}))
-    logger.on_run_end(None, "")
-    assert read_back(tmp_path)["hd.95/val"] == [(1, 3.0)]
+    logger.on_run_end(Trainer(), "")
+    assert read_back(tmp_path)["validation"]["hd.95"] == [(1, 3.0)]
+
+
+def test_class_names_make_safe_tags_that_never_collide(tmp_path):
+    names = ["a b", "a/b", "", "Straße", "x" * 500, "<b>&", "a b"]
+    values = [i / 10 for i in range(9)]
+    tags = scalars({"epoch": 1, "val": {"per_class": {"dice": values, "iou": values, "recall": values}}}, names)["validation"]
+    assert len(tags) == 18 and sorted(tags.values()) == sorted(values * 2)
+    assert tags["DicePerClass/3_Straße"] == 0.3 and tags["DicePerClass/0_a_b"] == 0.0 and tags["IoUPerClass/8"] == 0.8
+    assert all(tag.count("/") == 1 and len(tag) < 60 and not set(tag) & set(" <>&") for tag in tags)
 
 
 def test_a_loss_that_is_not_a_number_is_shown_as_such(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     logger.on_run_start(Trainer())
     logger.on_epoch_end(Trainer(), row(1, loss=math.nan))
-    logger.on_run_end(None, "")
-    assert math.isnan(read_back(tmp_path)["Loss/val"][0][1])
+    logger.on_run_end(Trainer(), "")
+    assert math.isnan(read_back(tmp_path)["validation"]["Loss"][0][1])
+
+
+@pytest.mark.parametrize("n_classes", [1, 4])
+def test_the_sheet_of_predictions(n_classes):
+    "Any dtype and device layout, masks with or without a channel, ignored pixels, many channels: a small sheet of at most four rows"
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.randint(0, max(n_classes, 2), (6, 300, 520), generator=generator)
+    masks[:, :9] = 255
+    logits = torch.nn.functional.one_hot(masks % 5 % max(n_classes, 2), max(n_classes, 2)).permute(0, 3, 1, 2).float() * 8 - 4
+    logits = logits[:, 1:] if n_classes == 1 else logits
+    for channels in (1, 2, 3, 7):
+        images = torch.randn(6, channels, 300, 520, generator=generator)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            sheet = prediction_sheet((images.to(dtype), masks[:, None] if channels == 3 else masks, logits.to(dtype).requires_grad_()), ignore_index=255)
+            assert sheet.shape == (4 * 100 + 3 * 4, 4 * 174 + 3 * 4, 3) and sheet.dtype == "uint8"
+    assert prediction_sheet((images, masks, logits[:, :, :7])) is None
+
+
+def test_pictures_stay_cheap(tmp_path, monkeypatch):
+    "A sheet that takes 20 ms is drawn after the first of 30 quick epochs and at the end"
+    calls = []
+
+    def slow(batch, *args, **kwargs):
+        time.sleep(0.02)
+        calls.append(batch)
+        return torch.zeros(4, 4, 3, dtype=torch.uint8).numpy()
+
+    monkeypatch.setattr("unet_nbtrain.tensorboard_logger.prediction_sheet", slow)
+    trainer = Trainer(TensorBoardLogger(tmp_path), epochs=30)
+    trainer.val_batch = "the batch"
+    trainer.train()
+    drawn = [step for step, _ in read_back(tmp_path)["validation"]["Predictions"]]
+    assert drawn[0] == 1 and drawn[-1] == 30 and len(drawn) <= 3 and set(calls) == {"the batch"}
+    trainer.observers = [TensorBoardLogger(tmp_path / "none", images=False)]
+    trainer.current_epoch = 0
+    trainer.history = History()
+    trainer.train()
+    assert len(calls) == len(drawn) and "Predictions" not in read_back(tmp_path / "none")["validation"]
+
+
+def test_a_real_run_and_its_resume(tmp_path, one_thread):
+    "Two epochs, two more in another session: both phases under one tag, pictures, settings, and no step twice"
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.plugins.hparams import metadata
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from unet_nbtrain.trainer import UNetTrainer
+    from unet_nbtrain.unet_model import UNet
+
+    images = torch.rand(8, 1, 32, 32)
+    train, val = (DataLoader(TensorDataset(part, (part > 0.6).float()), batch_size=2) for part in images.split((4, 4)))
+    before = set(threading.enumerate())
+
+    def trainer():
+        return UNetTrainer(UNet(1, 1, width=4, depth=2), train, val, run_dir=tmp_path, device="cpu", seed=3)
+
+    trainer().train(3)
+    trainer().train(5, resume=tmp_path / "checkpoints" / "last.pth")
+    shown = read_back(tmp_path / "tensorboard")
+    assert set(shown) == {"train", "validation"} and not doubled(tmp_path / "tensorboard")
+    for tag in ("Loss", "Dice", "IoU", "Accuracy"):
+        assert steps(tmp_path / "tensorboard", tag) == [1, 2, 3, 4, 5]
+    assert {"LearningRate", "Time/seconds_per_epoch", "Time/images_per_second", "Time/data_wait", "GradientNorm"} <= set(shown["train"])
+    assert not any("Memory" in tag for tag in shown["train"])
+    assert {1, 3, 5} <= {step for step, _ in shown["validation"]["Predictions"]}
+    content = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload().PluginRunToTagToContent("hparams")["validation"]
+    told = metadata.parse_session_start_info_plugin_data(content["_hparams_/session_start_info"]).hparams
+    assert told["seed"].number_value == 3 and told["model"].string_value == "UNet" and told["batch_size"].number_value == 2
+    assert set(threading.enumerate()) == before
+    history = History.load(tmp_path / "history.json")
+    assert [value for _, value in shown["validation"]["Loss"]] == pytest.approx(history["val_losses"])
+
+
+FULL_DISK = """
+import logging, resource, signal, sys, threading
+sys.path.insert(0, sys.argv[2])
+from test_loggers import Observers, TensorBoardLogger, Trainer, row
+logging.disable(logging.CRITICAL)
+threading.excepthook = lambda args: None
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+trainer, before = Trainer(), set(threading.enumerate())
+observers = Observers([TensorBoardLogger(sys.argv[1])])
+observers.notify("on_run_start", trainer)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
+for epoch in range(1, 60):
+    trainer.history.append(row(epoch))
+    observers.notify("on_epoch_end", trainer, row(epoch))
+    if not len(observers):
+        break
+observers.notify("on_run_end", trainer, "done")
+left = set(threading.enumerate()) - before
+sys.exit(10 + (epoch > 2) + 2 * len(left) + 8 * len(observers))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files")
+def test_a_full_disk_switches_the_logger_off_and_leaves_no_thread(tmp_path):
+    "The files may not grow past 2,500 bytes: the error reaches the observers' list, which goes on without the logger"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path), os.path.dirname(__file__)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 11, (done.returncode, done.stderr)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    before, trainer = set(threading.enumerate()), Trainer()
+    observers = Observers([TensorBoardLogger(tmp_path / "file")])
+    logging.disable(logging.CRITICAL)
+    try:
+        observers.notify("on_run_start", trainer)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert not len(observers) and set(threading.enumerate()) == before
 
 
 KILLED = """
@@ -339,7 +478,7 @@ def test_lines_of_several_threads_stay_whole(tmp_path):
 
 
 def test_levels_for_people(tmp_path, caplog):
-    caplog.set_level(logging.DEBUG, logger="unet_nbtrain.loggers")
+    caplog.set_level(logging.DEBUG, logger="unet_nbtrain")
     Trainer(RunLog(tmp_path / "a.jsonl", level="info"), epochs=1).train("stopped by you")
     assert [record.levelname for record in caplog.records] == ["INFO"] * 3
     caplog.clear()
@@ -376,3 +515,95 @@ def test_heavy_libraries_are_imported_when_a_run_starts():
     loaded = subprocess.run([sys.executable, "-c", "import sys, torch; print('tqdm' in sys.modules)"], capture_output=True, text=True)
     allowed = ["['tqdm']\n", "[]\n"] if loaded.stdout == "True\n" else ["[]\n"]
     assert done.stdout in allowed, done.stderr
+
+
+# Logging for people
+
+
+CONSOLE = """
+import logging, sys
+if "root" in sys.argv:
+    logging.basicConfig(level=logging.INFO, format="ROOT %(message)s")
+if "file" in sys.argv:
+    logging.getLogger().addHandler(logging.FileHandler(sys.argv[1]))
+root = logging.getLogger()
+before = root.level, list(root.handlers), root.disabled
+from unet_nbtrain.run_log import configure_logging, is_on_console
+for _ in range(3):
+    logger = configure_logging("INFO")
+logging.getLogger("unet_nbtrain.trainer").info("word one")
+logging.getLogger("unet_nbtrain").debug("detail")
+logging.getLogger("other").info("word two")
+assert is_on_console()
+configure_logging(None)
+logging.getLogger("unet_nbtrain.trainer").info("word three")
+assert (root.level, root.handlers, root.disabled) == before and not logger.handlers and logger.propagate
+"""
+
+
+@pytest.mark.parametrize("root", ["", "root", "file", "root file"])
+def test_no_line_twice_and_the_root_logger_untouched(tmp_path, root):
+    "A plain program, one with a console handler on the root, one with a file handler there, one with both"
+    path = tmp_path / "root.log"
+    done = subprocess.run([sys.executable, "-c", CONSOLE, str(path), *root.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.endswith("word one") for line in lines].count(True) == 1 and "detail" not in done.stderr
+    wanted = 3 if "root" in root else 1
+    assert len(lines) == wanted and all(line.startswith("ROOT") == ("root" in root) for line in lines)
+    if "file" in root:
+        assert path.read_text().splitlines().count("word one") == 1
+
+
+def test_records_go_to_a_file_as_lines_of_json(tmp_path):
+    path = tmp_path / "deep" / "train.jsonl"
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    try:
+        for _ in range(2):
+            logger = configure_logging("DEBUG", file=path)
+        logging.getLogger("unet_nbtrain.x").debug("a\nb %s", "\udc80")
+        assert is_on_console(logging.DEBUG) and len(logger.handlers) == 2
+        with pytest.raises(ValueError, match="is not a level"):
+            configure_logging("LOUD")
+        with pytest.raises(OSError):
+            configure_logging(file=tmp_path)
+        assert len(logger.handlers) == 2
+    finally:
+        configure_logging(None)
+    logging.getLogger("unet_nbtrain.x").warning("after")
+    [line] = path.read_text().splitlines()
+    assert {key: json.loads(line)[key] for key in ("level", "logger", "message")} == {"level": "DEBUG", "logger": "unet_nbtrain.x", "message": "a\nb \udc80"}
+    assert not logger.handlers and (root.level, root.handlers) == before
+
+
+def test_the_bar_leaves_its_lines_to_a_log_on_the_screen(tmp_path, capsys):
+    "Each epoch and each problem is told once, with and without the log"
+    for log in (False, True):
+        try:
+            if log:
+                configure_logging()
+            trainer = Trainer(ProgressBar(), RunLog(tmp_path / "log.jsonl"), epochs=2)
+            trainer.train()
+            trainer.tell("on_problem", "one image is broken")
+            Trainer(ProgressBar(), epochs=1).train()
+        finally:
+            configure_logging(None)
+        text = capsys.readouterr().err
+        assert [text.count(words) for words in ("epoch 1/2", "epoch 2/2", "one image is broken", "epoch 1/1")] == [1, 1, 1, 1]
+
+
+def test_a_bar_in_a_cell_is_one_output_that_is_replaced(monkeypatch):
+    "A kernel's stream and shell, simulated: the drawings replace each other, only lines are printed"
+    told = []
+
+    def publish(data, metadata, *, transient, update):
+        told.append((data["text/plain"], transient["display_id"], update))
+
+    shell = types.SimpleNamespace(kernel=object(), display_pub=types.SimpleNamespace(publish=publish))
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    out = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    Trainer(ProgressBar(stream=out, interval=0), epochs=3).train("all done")
+    assert out.getvalue().splitlines() == [epoch_line(row(epoch), 3) for epoch in (1, 2, 3)]
+    assert len(told) > 20 and [update for _, _, update in told] == [False] + [True] * (len(told) - 1)
+    assert len({name for _, name, _ in told}) == 1 and told[-1][0] == "all done" and all(text for text, _, _ in told)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unet_nbtrain.losses import CompoundLoss, OverlapLoss, PixelLoss, SegmentationLoss, create_loss_function
+from unet_nbtrain.metrics import SegmentationMetrics
 
 NAMES = {1: ("auto", "bce", "focal", "dice", "tversky", "bce_dice"), 4: ("auto", "ce", "focal", "dice", "tversky", "ce_dice")}
 ALL = [(n, name) for n, names in NAMES.items() for name in names]
@@ -198,6 +199,16 @@ def test_labels_that_are_no_class_are_told(name, label):
     assert create_loss_function(4, name=name, ignore_index=label)(logits, labels).isfinite()
 
 
+@pytest.mark.parametrize("name", NAMES[4])
+def test_fractions_between_classes_are_no_class(name):
+    logits, labels = make_batch(4)
+    between = labels.float()
+    between[0, 0, 0] = 1.5
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        with pytest.raises(ValueError, match="no class"):
+            create_loss_function(4, name=name)(logits, between.to(dtype))
+
+
 def test_other_errors_inside_a_loss_are_passed_on():
     class Broken(SegmentationLoss):
         def score(self, logits, target, valid):
@@ -210,18 +221,41 @@ def test_other_errors_inside_a_loss_are_passed_on():
 # Ignored pixels
 
 
-@pytest.mark.parametrize(("n_classes", "name"), ALL)
-def test_ignored_pixels_change_nothing(n_classes, name):
-    loss = create_loss_function(n_classes, name=name, ignore_index=255)
-    logits, labels = make_batch(n_classes, ignore_index=255)
-    ignored = (labels == 255).unsqueeze(1).expand_as(logits)
-    leaf, other = logits.clone().requires_grad_(), torch.where(ignored, -30 * logits, logits).requires_grad_()
+WEIGHTED = [(n, name, weighted) for n, name in ALL for weighted in (False, True) if not (weighted and n == 1 and name in ("dice", "tversky"))]
+FLIPS = {"negated": lambda x: -30 * x, "shuffled": lambda x: x.flip(0), "infinite": lambda x: x / 0, "nan": lambda x: x * math.nan}
+
+
+@pytest.mark.parametrize("flip", FLIPS)
+@pytest.mark.parametrize("ignore_index", [0, 1, 255, -1])
+@pytest.mark.parametrize(("n_classes", "name", "weighted"), WEIGHTED)
+def test_ignored_pixels_change_nothing(n_classes, name, weighted, ignore_index, flip):
+    """Whatever stands in the logits of ignored pixels: the loss, its gradient and the metrics stay, to the last bit."""
+    loss = create_loss_function(n_classes, WEIGHTS[n_classes] if weighted else None, name, ignore_index)
+    logits, labels = make_batch(n_classes, ignore_index=ignore_index)
+    ignored = (labels == ignore_index).unsqueeze(1).expand_as(logits)
+    leaf, other = logits.clone().requires_grad_(), torch.where(ignored, FLIPS[flip](logits), logits).requires_grad_()
     first, second = loss(leaf, labels), loss(other, labels)
     first.backward()
     second.backward()
-    assert torch.equal(first, second)
-    assert torch.equal(leaf.grad, other.grad)
-    assert (leaf.grad[ignored] == 0).all() and (leaf.grad[~ignored] != 0).all()
+    assert torch.equal(first, second) and torch.equal(leaf.grad, other.grad)
+    assert (other.grad[ignored] == 0).all() and (leaf.grad[~ignored] != 0).all()
+    scores = []
+    for x in (leaf, other):
+        metrics = SegmentationMetrics(n_classes, ignore_index=ignore_index)
+        metrics.update(x, labels)
+        scores.append(repr(metrics.compute()))
+    assert scores[0] == scores[1] and not torch.equal(leaf, other)
+
+
+@pytest.mark.parametrize(("n_classes", "name"), ALL)
+def test_a_pixel_that_is_not_ignored_does_count(n_classes, name):
+    """The other side of the test above: one flipped pixel that counts changes the loss."""
+    loss = create_loss_function(n_classes, name=name, ignore_index=255)
+    logits, labels = make_batch(n_classes, ignore_index=255)
+    labels[0, 0, 0] = 1
+    other = logits.clone()
+    other[0, :, 0, 0] *= -30
+    assert loss(logits, labels) != loss(other, labels)
 
 
 @pytest.mark.parametrize(("n_classes", "name"), ALL)
@@ -343,6 +377,18 @@ def test_under_autocast(n_classes, name):
     assert torch.equal(inside, outside) and model.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(("n_classes", "name"), ALL)
+def test_autocast_to_float16_sums_in_float32(n_classes, name):
+    """300 x 300 pixels under fp16: 90,000 ones are more than float16 can hold; the sums must not be made there."""
+    loss = create_loss_function(n_classes, name=name, ignore_index=255)
+    logits, labels = make_batch(n_classes, shape=(1, 300, 300))
+    labels[:] = 1
+    with torch.autocast("cpu", dtype=torch.float16):
+        inside = loss(logits.half(), labels)
+    assert inside.dtype == torch.float32 and inside.isfinite()
+    assert inside.item() == pytest.approx(loss(logits.half().double(), labels).item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 80.0, 1e4])
 @pytest.mark.parametrize("n_classes", [1, 4])
@@ -398,7 +444,8 @@ def test_names_and_their_classes():
         (lambda: create_loss_function(2, [1.0, math.nan]), "finite"),
         (lambda: create_loss_function(2, [0.0, 0.0]), "not all zero"),
         (lambda: create_loss_function(1, [2.0], "dice"), "nothing to weigh"),
-        (lambda: create_loss_function(1, name="bce_dice", background=True), "several classes"),
+        (lambda: create_loss_function(1, [2.0], "tversky"), "'bce_dice' takes a weight.*'tversky' a larger beta"),
+        (lambda: create_loss_function(1, name="bce_dice", background=True), "leave class_weights and background out"),
         (lambda: create_loss_function(2, [1.0, 0.0], "dice"), "every foreground class"),
         (lambda: create_loss_function(2, name="focal", gamma=-1), "gamma"),
         (lambda: create_loss_function(2, name="ce_dice", dice_weight=math.inf), "dice_weight"),
@@ -453,6 +500,7 @@ WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "bincount"
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("n_classes", "name"), ALL)
 def test_nothing_is_read_from_the_device(n_classes, name, weighted, ignore_index):
+    """On the CPU no operator that reads; the meta device takes the GPU's way."""
     if weighted and n_classes == 1 and name in ("dice", "tversky"):
         pytest.skip("nothing to weigh")
     loss = create_loss_function(n_classes, WEIGHTS[n_classes] if weighted else None, name, ignore_index)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unet_nbtrain.metrics import SegmentationMetrics, dice_score, match_target, segmentation_counts
 
 SCORES = ("dice", "iou", "precision", "recall", "accuracy", "dice_per_image")
+PER_CLASS = ("dice", "iou", "precision", "recall")
 MASK_DTYPES = (torch.float32, torch.float64, torch.uint8, torch.int64, torch.int16, torch.float16)
 
 
@@ -86,24 +87,36 @@ def reference(settings, batches):
         return {c: {(i, k) for i, image in enumerate(images) for k in np.flatnonzero(image[side] == c)} for c in classes}
 
     predicted, true = positions(shown, 0), positions(shown, 1)
-    dice = {c: ratio(2 * len(predicted[c] & true[c]), len(predicted[c]) + len(true[c])) for c in shown}
-    iou = {c: ratio(len(predicted[c] & true[c]), len(predicted[c] | true[c])) for c in shown}
+    scores = {
+        "dice": {c: ratio(2 * len(predicted[c] & true[c]), len(predicted[c]) + len(true[c])) for c in shown},
+        "iou": {c: ratio(len(predicted[c] & true[c]), len(predicted[c] | true[c])) for c in shown},
+        "precision": {c: ratio(len(predicted[c] & true[c]), len(predicted[c])) for c in shown},
+        "recall": {c: ratio(len(predicted[c] & true[c]), len(true[c])) for c in shown},
+    }
     per_image = []
     for i in range(len(images)):
         p, t = ({c: {k for k in side[c] if k[0] == i} for c in counted} for side in (predicted, true))
         per_image.append(mean([ratio(2 * len(p[c] & t[c]), len(p[c]) + len(t[c])) for c in counted]))
     return {
-        "dice": mean([dice[c] for c in counted]),
-        "iou": mean([iou[c] for c in counted]),
-        "precision": mean([ratio(len(predicted[c] & true[c]), len(predicted[c])) for c in counted]),
-        "recall": mean([ratio(len(predicted[c] & true[c]), len(true[c])) for c in counted]),
+        **{name: mean([score[c] for c in counted]) for name, score in scores.items()},
         "accuracy": ratio(sum((p == t).sum() for p, t in images), sum(t.size for _, t in images)),
         "dice_per_image": mean(per_image),
-        "per_class": {"dice": list(dice.values()), "iou": list(iou.values())},
+        "per_class": {name: list(score.values()) for name, score in scores.items()},
     }
 
 
 # Reference 2: scikit-learn
+
+
+def sklearn_per_class(predicted, true, shown):
+    """Scores of each class; NaN where scikit-learn would divide 0 by 0 and fill something in."""
+    options = {"labels": shown, "average": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        precision, recall, f1, _ = precision_recall_fscore_support(true, predicted, zero_division=np.nan, **options)
+        iou = jaccard_score(true, predicted, zero_division=0, **options)
+    occurs = [c in predicted or c in true for c in shown]
+    return {"dice": np.where(occurs, f1, np.nan), "iou": np.where(occurs, iou, np.nan), "precision": precision, "recall": recall}
 
 
 def sklearn_scores(settings, batches):
@@ -112,19 +125,14 @@ def sklearn_scores(settings, batches):
     if not true.size:
         return None
     shown = [1] if settings["n_classes"] == 1 else list(range(settings["n_classes"]))
-    options = {"labels": shown, "average": None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        precision, recall, f1, _ = precision_recall_fscore_support(true, predicted, zero_division=np.nan, **options)
-        iou = jaccard_score(true, predicted, zero_division=0, **options)
     first = 0 if settings["n_classes"] == 1 or settings["background"] else 1
-    occurs = [c in predicted or c in true for c in shown]
+    scores = sklearn_per_class(predicted, true, shown)
+    one_by_one = [mean(sklearn_per_class(p, t, shown)["dice"][first:]) for p, t in images if t.size]
     return {
-        "dice": mean(np.where(occurs, f1, np.nan)[first:]),
-        "iou": mean(np.where(occurs, iou, np.nan)[first:]),
-        "precision": mean(precision[first:]),
-        "recall": mean(recall[first:]),
+        **{name: mean(score[first:]) for name, score in scores.items()},
         "accuracy": accuracy_score(true, predicted),
+        "dice_per_image": mean(one_by_one),
+        "per_class": {name: score.tolist() for name, score in scores.items()},
     }
 
 
@@ -142,16 +150,14 @@ def assert_close(found, wanted, context):
 @pytest.mark.parametrize("seed", range(500))
 def test_against_references(seed):
     settings, batches = make_case(seed)
-    found, wanted = run(settings, batches), reference(settings, batches)
-    assert set(found) == {*SCORES, "per_class"}
-    for name in SCORES:
-        assert isinstance(found[name], float)
-        assert_close(found[name], wanted[name], (name, settings))
-    for name in ("dice", "iou"):
-        assert_close(found["per_class"][name], wanted["per_class"][name], (name, settings))
-    second = sklearn_scores(settings, batches)
-    for name in second or ():
-        assert_close(found[name], second[name], (name, settings, "scikit-learn"))
+    found = run(settings, batches)
+    assert set(found) == {*SCORES, "per_class"} and all(isinstance(found[name], float) for name in SCORES)
+    for source, wanted in (("sets", reference(settings, batches)), ("scikit-learn", sklearn_scores(settings, batches))):
+        for name in SCORES if wanted else ():
+            assert_close(found[name], wanted[name], (name, settings, source))
+        for name in PER_CLASS if wanted else ():
+            assert len(found["per_class"][name]) == settings["n_classes"]
+            assert_close(found["per_class"][name], wanted["per_class"][name], (name, settings, source))
 
 
 def test_cases_are_worth_something():
@@ -162,6 +168,11 @@ def test_cases_are_worth_something():
     assert {logits.dtype for _, batches in cases for logits, _ in batches} >= {torch.float16, torch.bfloat16}
     assert {target.dtype for _, batches in cases for _, target in batches} == {*MASK_DTYPES, torch.bool}
     assert sum(len({len(logits) for logits, _ in batches}) > 1 for _, batches in cases) > 100
+    assert sum(settings["n_classes"] == 2 for settings, _ in cases) > 50
+    assert sum(settings["ignore_index"] is not None for settings, _ in cases) > 200
+    assert sum(len(batches) > 1 and len(batches[-1][0]) < len(batches[0][0]) for _, batches in cases) > 50
+    assert sum(any((target == 0).all() for _, target in batches) for _, batches in cases) > 50
+    assert sum(any(map(math.isnan, result["per_class"]["dice"])) for result in results) > 50
     assert sum(math.isnan(result["dice"]) for result in results) > 10
     assert sum(math.isnan(result["accuracy"]) for result in results) > 2
     assert len({round(result["dice"], 6) for result in results}) > 300

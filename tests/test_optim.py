@@ -14,7 +14,15 @@ from torch.optim import lr_scheduler
 
 from unet_nbtrain.early_stopping import BestWeights, EarlyStopping
 from unet_nbtrain.optimizers import check_keywords, create_optimizer, pick_by_name
-from unet_nbtrain.schedulers import UNITS, WarmUp, create_scheduler, scheduler_length, scheduler_unit, step_scheduler
+from unet_nbtrain.schedulers import (
+    UNITS,
+    WarmUp,
+    create_scheduler,
+    rescale_schedule,
+    scheduler_length,
+    scheduler_unit,
+    step_scheduler,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -312,20 +320,191 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("cut", [0, 3, 8, 9, 10, 20])
+def cos_between(start, end, share):
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def restarts(k, length=6):
+    """A cosine of 6 units, then one of 12, then one of 24: SGDR, Loshchilov and Hutter 2017."""
+    while k >= length:
+        k, length = k - length, 2 * length
+    return cos_between(1, 0, k / length)
+
+
+def one_cycle(k, steps=41, share=0.3):
+    """Cosine up from 1/25 to 1, then down to 1/250000; the last step is number 40."""
+    top = share * steps - 1
+    return cos_between(1 / 25, 1, k / top) if k <= top else cos_between(1, 1 / 25 / 1e4, (k - top) / (steps - 1 - top))
+
+
+def plateau(values, patience=2, factor=0.5, cooldown=1, threshold=1e-4):
+    """The rates before each of the values, by the rules of the manual: bad values are counted, not during a cooldown."""
+    rate, best, bad, rest, seen = 1.0, INF, 0, 0, []
+    for value in values:
+        seen.append(rate)
+        better = value < best * (1 - threshold)
+        best, bad = (value, 0) if better else (best, bad + 1)
+        if rest:
+            rest, bad = rest - 1, 0
+        if bad > patience:
+            rate, bad, rest = rate * factor, 0, cooldown
+    return seen
+
+
+FORMULAS = {
+    "plateau": lambda k: plateau(LOSS[: k + 1])[k],
+    "cosine": lambda k: cos_between(1, 0, min(k, 30) / 30),
+    "step": lambda k: 0.1 ** (k // 7),
+    "exponential": lambda k: 0.95**k,
+    "onecycle": lambda k: one_cycle(min(k, 40)),
+    "cosine_restarts": restarts,
+    "polynomial": lambda k: (1 - min(k, 33) / 33) ** 0.9,
+}
+
+
+def formula(name, warmup, units):
+    """The rates by hand: a climb in equal steps, then the formula, and from the end of the schedule on its last rate."""
+    climb = [FORMULAS[name](0) * (k + 1) / (warmup + 1) for k in range(warmup)]
+    return (climb + [FORMULAS[name](k) for k in range(units)])[:units]
+
+
+def lived(scheduler, start, end, warmup=0):
+    """The rates of the units from `start` to `end` as a training lives them, all units reported and one of them right."""
+    seen, unit = [], scheduler_unit(scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(start, end):
+            seen.append(scheduler.optimizer.param_groups[0]["lr"])
+            scheduler.optimizer.step()
+            value = LOSS[k - warmup] if k >= warmup else 9.0
+            assert [step_scheduler(scheduler, asked, value) for asked in UNITS].count(True) <= 1
+            assert unit == scheduler_unit(scheduler)
+    return seen
+
+
+@pytest.mark.parametrize("unit", [None, "step", "epoch"])
+@pytest.mark.parametrize("warmup", [0, 1, 9])
+@pytest.mark.parametrize("name", ALL)
+def test_every_schedule_equals_its_formula(name, warmup, unit):
+    """Also far past its end, and in whatever unit it is stepped."""
+    if name == "plateau" and unit:
+        pytest.skip("a plateau has one unit")
+    scheduler = create_scheduler(an_optimizer(), name, warmup=warmup, unit=unit, **ALL[name])
+    assert lived(scheduler, 0, 55, warmup) == pytest.approx(formula(name, warmup, 55), abs=1e-12)
+
+
 @pytest.mark.parametrize("warmup", [0, 9])
 @pytest.mark.parametrize("name", ALL)
-def test_state_round_trip(name, warmup, cut):
-    """The rates after save and load are those of the uninterrupted run, to the last bit."""
-    whole = rates(create_scheduler(an_optimizer(), name, warmup=warmup, **ALL[name]), 35, metrics_of(name))
-    first = create_scheduler(an_optimizer(), name, warmup=warmup, **ALL[name])
-    start = rates(first, cut, metrics_of(name))
-    saved = through_a_file({"optimizer": first.optimizer.state_dict(), "scheduler": first.state_dict()})
-    second = create_scheduler(an_optimizer(), name, warmup=warmup, **ALL[name])
-    second.optimizer.load_state_dict(saved["optimizer"])
-    second.load_state_dict(saved["scheduler"])
-    metrics = metrics_of(name)
-    assert start + rates(second, 35 - cut, metrics and metrics[cut:]) == whole
+def test_state_round_trip_from_each_unit(name, warmup):
+    """Optimizer and scheduler through a file after each unit: the rest of the rates to the last bit."""
+    whole = lived(create_scheduler(an_optimizer(), name, warmup=warmup, **ALL[name]), 0, 50, warmup)
+    for cut in range(50):
+        first = create_scheduler(an_optimizer(), name, warmup=warmup, **ALL[name])
+        start = lived(first, 0, cut, warmup)
+        saved = through_a_file({"optimizer": first.optimizer.state_dict(), "scheduler": first.state_dict()})
+        second = create_scheduler(an_optimizer(lr=7.0), name, warmup=warmup, **ALL[name])
+        second.optimizer.load_state_dict(saved["optimizer"])
+        second.load_state_dict(saved["scheduler"])
+        assert start + lived(second, cut, 50, warmup) == whole, cut
+
+
+@pytest.mark.parametrize("warmup", [0, 9])
+@pytest.mark.parametrize("name", ALL)
+def test_a_changed_rate_goes_on_from_each_unit(name, warmup):
+    """After each unit: all later rates are 0.3 times what they would have been, also after a resume, and twice is 0.09."""
+    whole = formula(name, warmup, 50)
+    for cut in range(0, 45, 1 if warmup else 2):
+        first = create_scheduler(an_optimizer(), name, warmup=warmup, **ALL[name])
+        start = lived(first, 0, cut, warmup)
+        rescale_schedule(first, first.optimizer, 0.3)
+        saved = through_a_file({"optimizer": first.optimizer.state_dict(), "scheduler": first.state_dict()})
+        second = create_scheduler(an_optimizer(), name, warmup=warmup, **ALL[name])
+        second.optimizer.load_state_dict(saved["optimizer"])
+        second.load_state_dict(saved["scheduler"])
+        changed = [0.3 * rate for rate in whole[cut:]]
+        assert lived(first, cut, 50, warmup) == pytest.approx(changed, rel=1e-9, abs=1e-15), cut
+        middle = lived(second, cut, 46, warmup)
+        rescale_schedule(second, second.optimizer, 0.3)
+        twice = [0.09 * rate for rate in whole[46:]]
+        assert start + middle + lived(second, 46, 50, warmup) == pytest.approx(whole[:cut] + changed[: 46 - cut] + twice, abs=1e-12)
+
+
+FOREIGN = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda k: 0.9),
+    "multistep": lambda o: lr_scheduler.MultiStepLR(o, [3, 8, 20], gamma=0.5),
+    "constant": lambda o: lr_scheduler.ConstantLR(o, 0.5, total_iters=7),
+    "linear": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=12),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, step_size_up=5),
+    "eta_min": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=10, eta_min=0.2),
+    "eta_min of restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=5, eta_min=0.2),
+    "one-cycle of three phases": lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=40, three_phase=True),
+    "swa": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.2, anneal_epochs=8),
+    "sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=6), lr_scheduler.CosineAnnealingLR(o, T_max=20)], milestones=[6]
+    ),
+    "chain": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=6), lr_scheduler.ExponentialLR(o, gamma=0.9)]
+    ),
+    "warm-up of a lambda": lambda o: WarmUp(lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)), 5),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_changed_rate_of_other_schedules(name):
+    """Two groups whose rates differ: each keeps its share."""
+
+    def groups():
+        one, two = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        return torch.optim.SGD([{"params": [one], "lr": 1.0}, {"params": [two], "lr": 0.1}], momentum=0.9)
+
+    def steps(schedule, count):
+        seen = []
+        for _ in range(count):
+            seen += [group["lr"] for group in schedule.optimizer.param_groups]
+            schedule.optimizer.step()
+            schedule.step()
+        return seen
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own SequentialLR warns about itself
+        whole = steps(FOREIGN[name](groups()), 30)
+        for cut in range(30):
+            schedule = FOREIGN[name](groups())
+            start = steps(schedule, cut)
+            rescale_schedule(schedule, schedule.optimizer, 0.5)
+            assert schedule.get_last_lr() == [group["lr"] for group in schedule.optimizer.param_groups]
+            assert start + steps(schedule, 30 - cut) == pytest.approx(whole[: 2 * cut] + [0.5 * r for r in whole[2 * cut :]], rel=1e-9), cut
+
+
+def test_a_changed_rate_of_a_plateau_keeps_its_counters_and_its_limit():
+    scheduler = create_scheduler(an_optimizer(), "plateau", patience=1, factor=0.1, min_lr=0.02)
+    assert rates(scheduler, 2, [5, 5]) == [1, 1]
+    rescale_schedule(scheduler, scheduler.optimizer, 0.5)
+    assert (scheduler.num_bad_epochs, scheduler.best, scheduler.min_lrs) == (1, 5, [0.02])
+    assert rates(scheduler, 5, [5, 5, 5, 5, 5]) == pytest.approx([0.5, 0.05, 0.05, 0.02, 0.02])
+
+
+def test_a_changed_rate_of_a_stranger_and_of_none():
+    """Of a scheduler that shows no bases only the rates can change; groups without a schedule keep their proportions."""
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": r} for r in (1.0, 0.1)])
+    for scheduler in (None, Counting("epoch")):
+        rescale_schedule(scheduler, optimizer, 2.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [4.0, 0.4]
+    assert vars(Counting("epoch")) == {"unit": "epoch", "calls": []}
+    for ratio in (0, -1.0, NAN, INF):
+        with pytest.raises(ValueError, match="^ratio="):
+            rescale_schedule(None, optimizer, ratio)
+    assert optimizer.param_groups[0]["lr"] == 4.0
+
+
+def test_a_changed_rate_that_is_a_tensor_is_filled_in_place():
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=torch.tensor(1.0), foreach=False)
+    held = optimizer.param_groups[0]["lr"]
+    scheduler = create_scheduler(optimizer, "cosine", T_max=4)
+    rescale_schedule(scheduler, optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] is held and held.item() == 0.5
+    assert [float(rate) for rate in scheduler.base_lrs] == [0.5]
 
 
 @pytest.mark.parametrize("cut", [2, 5, 12])
@@ -342,10 +521,13 @@ def test_warm_up_restores_the_rates_in_any_order_of_loading(cut):
 
 
 def test_the_unit_survives_a_resume():
-    first = create_scheduler(an_optimizer(), "cosine", T_max=10, unit="step")
-    second = create_scheduler(an_optimizer(), "cosine", T_max=10)
-    second.load_state_dict(through_a_file(first.state_dict()))
-    assert scheduler_unit(second) == "step"
+    """Saved as one unit and made anew as another: the saved one goes on, with and without warm-up."""
+    for saved, other in (("step", None), (None, "step"), ("step", "epoch")):
+        for warmup in (0, 3):
+            first = create_scheduler(an_optimizer(), "cosine", T_max=10, unit=saved, warmup=warmup)
+            second = create_scheduler(an_optimizer(), "cosine", T_max=10, unit=other, warmup=warmup)
+            second.load_state_dict(through_a_file(first.state_dict()))
+            assert scheduler_unit(second) == (saved or "epoch")
 
 
 def test_units():
@@ -415,6 +597,18 @@ def test_a_schedule_holds_at_its_end(name, length, warmup):
     assert scheduler_length(create_scheduler(an_optimizer(), "plateau", warmup=2)) is None
 
 
+def test_a_sequence_of_schedules_holds_at_its_end():
+    """Warm-up and cosine put together with torch's own SequentialLR, as many recipes do it: no second climb."""
+    optimizer = an_optimizer()
+    parts = [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5), lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)]
+    scheduler = lr_scheduler.SequentialLR(optimizer, parts, milestones=[5])
+    assert scheduler_length(scheduler) == 15
+    seen = lived(scheduler, 0, 40)
+    assert seen[5] == 1.0 and max(seen[15:]) < 1e-12
+    open_end = lr_scheduler.SequentialLR(optimizer, [parts[1], lr_scheduler.StepLR(optimizer, 3)], milestones=[5])
+    assert scheduler_length(open_end) is None
+
+
 def test_one_cycle_peaks_at_the_optimizers_rate():
     scheduler = create_scheduler(an_optimizer(lr=0.3), "onecycle", epochs=4, steps_per_epoch=25)
     seen = rates(scheduler, 100 - 1)
@@ -425,7 +619,9 @@ def test_one_cycle_peaks_at_the_optimizers_rate():
 @pytest.mark.parametrize(
     "name, kwargs, error, words",
     [
-        ("cosine", {}, ValueError, "needs T_max.*T_max=num_epochs"),
+        ("cosine", {}, ValueError, r"needs T_max: the epochs .*T_max=num_epochs\.$"),
+        ("cosine", {"unit": "step"}, ValueError, r"needs T_max: the steps .*T_max=num_epochs \* len\(train_loader\)"),
+        ("onecycle", {"unit": "epoch"}, ValueError, r"all epochs, usually total_steps=num_epochs\.$"),
         ("onecycle", {}, ValueError, r"needs total_steps.*num_epochs \* len\(train_loader\)"),
         ("onecycle", {"epochs": 3}, ValueError, "needs total_steps"),
         ("cosine_restarts", {}, ValueError, "needs T_0"),
@@ -582,10 +778,29 @@ def test_value_of_a_row():
     assert EarlyStopping().value_of(row) == 0.5
     assert math.isnan(EarlyStopping(monitor="dice").value_of(row))
     assert EarlyStopping().value_of({"epoch": 1, "train": {"loss": 1}}) is None
-    with pytest.raises(ValueError, match=r"no metric 'iou'; it has: loss, dice\.$"):
+    with pytest.raises(ValueError, match=r"no metric 'iou'; it has: loss, dice, per_class.dice.0\.$"):
         EarlyStopping(monitor="iou").value_of(row)
     with pytest.raises(ValueError, match="no metric 'per_class'"):
         EarlyStopping(monitor="per_class", mode="max").value_of(row)
+
+
+def test_one_class_can_be_watched():
+    per_class = {"dice": [0.99, 0.5, None, NAN], "iou": (0.98, 0.4)}
+    row = {"val": {"loss": 0.5, "per_class": per_class, "times": {"loss": 3}}}
+    for name, mode, value in [("per_class.dice.1", "max", 0.5), ("per_class.iou.0", "max", 0.98), ("times.loss", "min", 3)]:
+        stopper = EarlyStopping(2, monitor=name)
+        assert stopper.mode == mode and stopper.value_of(row) == value
+    for name in ("per_class.dice.2", "per_class.dice.3"):
+        stopper = EarlyStopping(2, monitor=name)
+        assert math.isnan(stopper.value_of(row)) and stopper.update(stopper.value_of(row), 1) is False
+    for name in ("per_class.dice.4", "per_class.dice", "per_class.dice.-1", "dice.1"):
+        with pytest.raises(ValueError, match="no metric.*per_class.dice.0, per_class.dice.1"):
+            EarlyStopping(2, monitor=name).value_of(row)
+    with pytest.raises(ValueError, match="mode="):
+        EarlyStopping(2, monitor="per_class.surface.1")
+    other = EarlyStopping(monitor="per_class.dice.1")
+    other.load_state_dict(json.loads(json.dumps(EarlyStopping(3, monitor="per_class.dice.1").state_dict())))
+    assert other.patience == 3
 
 
 # --- best weights

@@ -62,13 +62,14 @@ EXTREMES["no metrics"][0].append({"epoch": 3})
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_data_are_drawn_without_a_warning(name):
     "Live and finished, from nothing to 1e300: a picture of the same size, and neither error nor warning"
-    history, trace = EXTREMES[name]
+    history, trace = EXTREMES[name][0].snapshot(), EXTREMES[name][1]
     for event in ("set", "resumed", "problem", "save", "pause"):
         history.mark(event, 0.5 * len(history), 7, "text with $dollars$ and <tags> and \\frac{")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as told:  # Not as errors: those would hit whatever else happens in the process
+        warnings.simplefilter("always")
         live = LiveCurves(dpi=50)
         pictures = [live.png(history, trace), live.png(history, trace), save_png(plot_history(history, trace, dpi=50))]
+    assert not [str(warning.message) for warning in told if not issubclass(warning.category, ResourceWarning)]
     assert {pixels(png).shape for png in pictures} == {(155, 525, 3)}
     assert pictures[0] == pictures[1] and (live.full_draws, live.blits) == (1, 1)
 
@@ -104,6 +105,61 @@ def test_every_blit_equals_a_full_draw():
             live._background = None
             assert live.png(history, (x[:upto], y[:upto]), total_epochs=12) == png
     assert compared > 20
+
+
+def with_classes(epochs, classes, names=None):
+    "A run with scores per class; the last class occurs in every third epoch only"
+    history = History()
+    history.class_names = names
+    for epoch in range(1, epochs + 1):
+        scores = [1 - (i + 1) / (classes + 1) * 0.9 ** epoch for i in range(classes)]
+        scores[-1] = scores[-1] if epoch % 3 == 1 else NAN
+        val = {"loss": 1 / epoch, "dice": 0.5, "iou": 0.4, "per_class": {"dice": scores, "iou": scores}}
+        history.append({"epoch": epoch, "train": {"loss": 1 / epoch, "dice": 0.6}, "val": val, "lr": 1e-3})
+    return history
+
+
+@pytest.mark.parametrize(("epochs", "classes"), [(0, 2), (1, 1), (1, 3), (2, 2), (500, 4), (12, 11), (6, 30)])
+def test_the_axes_of_the_classes(epochs, classes):
+    "From nothing to 500 epochs and 30 classes: each line is its column, every class of the first 14 is named, nothing warns"
+    history = with_classes(epochs, classes, [f"name {i}" for i in range(classes)])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        figure = plot_history(history, metric=("dice", "iou"), classes="iou", dpi=40)
+        save_png(figure)
+    assert not [str(warning.message) for warning in told if not issubclass(warning.category, ResourceWarning)]
+    assert [ax.get_title(loc="left") for ax in figure.axes][1:] == ["Dice", "IoU", "IoU of each class", "Learning rate"]
+    each, lines = figure.axes[3], figure.axes[3].get_lines()
+    assert len(lines) == (classes if epochs else 0)
+    for i, line in enumerate(lines):
+        np.testing.assert_equal(line.get_ydata(), history.column(f"val.per_class.iou.{i}"))
+    if epochs == 500:
+        assert [line.get_markevery() for line in lines] == [21, 21, 21, 1]
+    texts = [text.get_text() for text in each.get_legend().get_texts()]
+    assert texts == ([f"name {i}" for i in range(min(classes, 14))] + ["and 16 more"] * (classes == 30) if epochs else [])
+    looks = {(str(line.get_color()), line.get_linestyle()) for line in lines[:25]}
+    assert len(looks) == len(lines[:25])
+
+
+def test_the_scale_of_the_loss_can_be_chosen():
+    falling, flat, negative = a_run(9, lambda e: 10.0 ** -e), a_run(9), a_run(9, lambda e: -e)
+    scales = {None: ["log", "linear", "linear"], True: ["log", "log", "linear"], False: ["linear"] * 3}
+    for log, wanted in scales.items():
+        assert [plot_history(history, log=log, dpi=20).axes[0].get_yscale() for history in (falling, flat, negative)] == wanted
+
+
+def test_a_score_with_dots_in_its_name_has_axes_too():
+    history = with_classes(5, 3)
+    figure = plot_history(history, metric="per_class.dice.1", dpi=30)
+    lines = [line.get_ydata().tolist() for line in figure.axes[1].get_lines()]
+    assert history.column("val.per_class.dice.1") in lines and figure.axes[1].get_title(loc="left") == "per_class.dice.1"
+    assert LiveCurves(dpi=30, metric="per_class.dice.1").png(history).startswith(b"\x89PNG")
+    assert [len(plot_history(history, metric=names, dpi=20).axes) for names in ((), ("dice", "dice"), ("loss", "dice", "iou"))] == [2, 3, 4]
+
+
+def test_the_legend_names_batches_only_where_there_are_some():
+    texts = [[text.get_text() for text in plot_history(a_run(2), trace, dpi=20).axes[0].get_legend().get_texts()] for trace in (None, a_trace(2, 3))]
+    assert texts == [["train", "validation"], ["train", "validation", "each batch"]]
 
 
 def test_a_new_run_in_the_same_object_starts_afresh():

@@ -22,6 +22,9 @@ _HOME = {
     "create_scheduler": "schedulers",
     "History": "history",
     "EarlyStopping": "early_stopping",
+    "configure_logging": "run_log",
+    "UNetPredictor": "inference",
+    "evaluate": "evaluation",
     "UNetTrainer": "trainer",
     "TrainerPanel": "panel",
 }

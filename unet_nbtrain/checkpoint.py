@@ -55,6 +55,7 @@ def save_file(
     state: Mapping,  # The whole state; must pass `to_plain`
     path: str | Path,  # Where; the folder is made if it is missing
     previous: str | Path | None = None,  # Name under which the file that was there stays
+    also: Iterable[str | Path] = (),  # More names for the same file, in the same folder, given before `path` is
 ) -> Path:  # The file
     """Write a checkpoint so that at every instant either the old or the new file is there, whole, even if the power fails.
 
@@ -69,6 +70,8 @@ def save_file(
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        for name in also:
+            _link(temporary, Path(name))
         if previous and path.exists():
             _link(path, Path(previous))
         os.replace(temporary, path)
@@ -86,7 +89,10 @@ def _link(source, target):
     try:
         os.link(source, step)
     except OSError:
-        step.write_bytes(source.read_bytes())
+        with open(step, "wb") as file:
+            file.write(source.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(step, target)
 
 
@@ -198,8 +204,8 @@ def _misfit(name, wanted, given):
     return f"{name} is {tuple(given.shape)} in the file and {tuple(wanted.shape)} in the model" if wanted.shape != given.shape else ""
 
 # %% ../nbs/11_checkpoint.ipynb #0b07325a
-class CheckpointFolder:
-    "The checkpoints of one run: their names, writing them, and finding the newest good one."
+class _Names:
+    "What the checkpoints of a run are called"
 
     def __init__(
         self,
@@ -209,21 +215,44 @@ class CheckpointFolder:
         self.last, self.previous = self.folder / "last.pth", self.folder / "last.prev.pth"
         self.best, self.final = self.folder / "best_model.pth", self.folder / "final_model.pth"
 
-    def epoch(
+    def numbered(
         self,
-        number: int,  # Counted from 1
+        kind: str,  # `'epoch'` for regular checkpoints, `'top'` for those of the best epochs
+        number: int,  # The epoch, counted from 1
     ) -> Path:  # Its file
-        "The name of the regular checkpoint after an epoch."
-        return self.folder / f"epoch_{number:04d}.pth"
+        "The name of the checkpoint of an epoch."
+        return self.folder / f"{kind}_{number:04d}.pth"
+
+    def numbers(
+        self,
+        kind: str,  # `'epoch'` or `'top'`
+    ) -> list[int]:  # Rising
+        "The epochs that have a checkpoint of this kind."
+        found = (path.stem.removeprefix(f"{kind}_") for path in self.folder.glob(f"{kind}_*.pth"))
+        return sorted(int(text) for text in found if text.isdecimal())
+
+    def keep(
+        self,
+        kind: str,  # `'epoch'` or `'top'`
+        wanted: Iterable[int],  # The epochs whose files stay
+    ) -> None:
+        "Remove the checkpoints of this kind that belong to other epochs."
+        for number in set(self.numbers(kind)) - set(wanted):
+            self.numbered(kind, number).unlink(missing_ok=True)
+
+# %% ../nbs/11_checkpoint.ipynb #5ed94c84
+class CheckpointFolder(_Names):
+    "The checkpoints of one run: their names, writing them, and finding the newest good one."
 
     def save(
         self,
         state: Mapping,  # The whole state
         path: Path | None = None,  # One of this folder's names; `None` is `last`
+        also: Iterable[Path] = (),  # More of this folder's names for the same state
     ) -> Path:  # The file
         "Write one checkpoint; the generation before `last` is kept."
         path = path or self.last
-        return save_file(state, path, self.previous if path == self.last else None)
+        return save_file(state, path, self.previous if path == self.last else None, also)
 
     def load_newest(self) -> tuple[dict, Path]:  # The state and the file it came from
         "The newest checkpoint that is whole: `last`, else the one before, else the best; each refusal is logged."

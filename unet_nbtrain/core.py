@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['available_devices', 'get_device', 'get_amp_dtype', 'derive_seed', 'seed_step', 'split_batch', 'move', 'unwrap',
-           'natural_key']
+           'dataset_attribute', 'natural_key']
 
 # %% ../nbs/00_core.ipynb #38b8b481
 import hashlib
@@ -137,6 +137,18 @@ def unwrap(
     while isinstance(model, (nn.DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
+
+# %% ../nbs/00_core.ipynb #1d84a890
+def dataset_attribute(
+    loader: object,  # A loader, or anything else: then there is nothing to find
+    name: str,  # The attribute
+) -> object:  # Its value, or `None`
+    "An attribute of a loader's data set, looked for also inside `Subset` and (its first part) `ConcatDataset`."
+    inside = getattr(loader, "dataset", None)
+    while inside is not None and getattr(inside, name, None) is None:
+        parts = getattr(inside, "datasets", None) or [None]
+        inside = getattr(inside, "dataset", parts[0])
+    return getattr(inside, name, None)
 
 # %% ../nbs/00_core.ipynb #7ed6c235
 def natural_key(

@@ -8,67 +8,29 @@ __all__ = ['SegmentationDataset', 'demo_dataloaders', 'create_dataloaders']
 # %% ../nbs/06_dataset.ipynb #6f551684
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .augmentation import get_augmentation_pipeline, random_crop
 from .core import derive_seed
+from .crops import RandomCrop, class_places
+from .data_options import as_class_names, as_pipeline, as_plain, as_statistics, check_options, common_channels
 from .demo_data import draw_cells
-from .image_files import pair_files, read_header, read_image, read_mask
-from .sampling import default_workers, make_loader, split_positions
+from .image_files import read_header, read_image, read_mask
+from .pairing import pair_files
+from .sampling import default_workers, make_loader
+from .splits import split_positions
+from .transforms import as_size, channel_moments, common_size, normalize_image, pad_pair, pool_moments, prepare_image, resize_pair
+
+_log = logging.getLogger(__name__)
 
 # %% ../nbs/06_dataset.ipynb #f92e0a1a
-def _pair_of(size):
-    "An `int` or `(height, width)` as a tuple of two; `None` stays `None`"
-    if size is None:
-        return None
-    pair = (size, size) if isinstance(size, int) else size
-    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise ValueError(f"size {size!r}: use a whole number of pixels, or (height, width).")
-    return tuple(pair)
-
-
-def _resize(image, mask, size):
-    "Image (C, H, W) by area-averaging bilinear interpolation, mask (H, W) by nearest pixel, both to `size`"
-    planes = [Image.fromarray(o.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR) for o in image]
-    resized = np.stack([np.asarray(o) for o in planes])
-    rows, columns = ((2 * np.arange(n) + 1) * have // (2 * n) for n, have in zip(size, mask.shape))
-    return resized if image.dtype.kind == "f" else np.rint(resized).astype(image.dtype), mask[rows][:, columns]
-
-# %% ../nbs/06_dataset.ipynb #592bedf9
-class SegmentationDataset(Dataset):
-    "Images with their masks, from files or arrays; `dataset[key]` is a function of the key, its epoch and the seed."
-
-    def __init__(
-        self,
-        images: Sequence[Path | np.ndarray],  # Files, or arrays (H, W), (H, W, C) or (C, H, W)
-        masks: Sequence[Path | np.ndarray],  # Files or arrays (H, W), in the order of the images
-        n_classes: int = 1,  # 1: foreground against background; more: class indices
-        *,
-        foreground: int | Sequence[int] | None = None,  # For one class: the mask value(s) to find; `None`: what is not 0
-        ignore_index: int | None = None,  # Mask value of pixels that count nowhere
-        n_channels: int | None = None,  # `None`: 1 where all images are grey, else 3
-        image_size: int | tuple[int, int] | None = None,  # Resize to this; one number, or height and width
-        crop: int | tuple[int, int] | None = None,  # Cut a random window of this size
-        augment: Callable | None = None,  # Called as `augment(image, mask, seed)`
-        names: Sequence[str] | None = None,  # For messages; `None`: file names or numbers
-        seed: int = 0,  # Crops and augmentation are a function of this, the epoch and the index
-        cache: bool = True,  # Whether to decode everything now and keep it in memory
-    ):
-        if len(images) != len(masks) or not len(images) or n_classes < 1:
-            raise ValueError(f"{len(images)} images, {len(masks)} masks, n_classes={n_classes}: there must be as many masks as images, and at least one.")
-        self.images, self.masks = list(images), list(masks)
-        self.n_classes, self.foreground, self.ignore_index = n_classes, foreground, ignore_index
-        self.n_channels = n_channels or _common_channels({read_header(o).channels for o in self.images})
-        self.image_size, self.crop, self.augment, self.seed = _pair_of(image_size), _pair_of(crop), augment, seed
-        self.names = list(names or (o.name if isinstance(o, Path) else str(i) for i, o in enumerate(self.images)))
-        self._cache = _read_all(self) if cache else None
+class _KeptPairs(Dataset):
+    "Images and masks as they are before anything random happens to them"
 
     def __len__(self) -> int:
         "Number of images"
@@ -85,48 +47,125 @@ class SegmentationDataset(Dataset):
         self,
         index: int,  # Position, or a `SampleKey`
     ) -> tuple[np.ndarray, np.ndarray]:  # Image (C, H, W), uint8, uint16 or float32; mask (H, W), uint8 or int32
-        "Image and mask as they are kept in memory: decoded and resized, not cropped, not augmented."
-        return self._cache[index] if self._cache else _read_pair(self, index)
+        "Image and mask as they are kept in memory: decoded and resized, not padded, cropped, augmented or normalised."
+        return self._kept(index)[:2]
+
+    @property
+    def preprocessing(self) -> dict:
+        """What a network trained on this data expects, as plain data for JSON.
+
+        n_channels, n_classes, image_size ([height, width] or None), mean and std (per channel, on the scale [0, 1], or
+        None), foreground, ignore_index, colors, class_names.
+        """
+        return {
+            "n_channels": self.n_channels,
+            "n_classes": self.n_classes,
+            "image_size": self.image_size and list(self.image_size),
+            "mean": self.mean,
+            "std": self.std,
+            "foreground": as_plain(list(self.foreground) if isinstance(self.foreground, tuple) else self.foreground),
+            "ignore_index": as_plain(self.ignore_index),
+            "colors": as_plain(self.colors),
+            "class_names": self.class_names,
+        }
+
+    @property
+    def cached(self) -> bool:
+        "Whether all images are kept in memory"
+        return self._cache is not None
+
+    def _kept(self, index):
+        "Image, mask, and places of the classes (or `None`), from memory or from the files"
+        return self._cache[index] if self._cache else (*_read_pair(self, index), None)
+
+# %% ../nbs/06_dataset.ipynb #6ae63fe8
+class SegmentationDataset(_KeptPairs):
+    "Images with their masks, from files or arrays; `dataset[key]` is a function of the key, its epoch and the seed."
+
+    def __init__(
+        self,
+        images: Sequence[Path | np.ndarray],  # Files, or arrays (H, W), (H, W, C) or (C, H, W)
+        masks: Sequence[Path | np.ndarray],  # Files or arrays (H, W), in the order of the images
+        n_classes: int = 1,  # 1: foreground against background; more: class indices
+        *,
+        foreground: int | Sequence[int] | None = None,  # For one class: the mask value(s) to find; `None`: what is not 0
+        ignore_index: int | None = None,  # Mask value of pixels that count nowhere
+        colors: Sequence | Mapping | None = None,  # For masks in colour: colours in class order, or colour -> class
+        class_names: Sequence[str] | None = None,  # One for each class
+        n_channels: int | None = None,  # `None`: what the images have; 3 where grey and RGB are mixed
+        image_size: int | tuple[int, int] | None = None,  # Resize to this; one number, or height and width
+        crop: int | tuple[int, int] | RandomCrop | None = None,  # Cut a random window of this size
+        pad: int | tuple[int, int] | None = None,  # Add a margin of `ignore_index` up to this size
+        normalize: str | tuple | None = None,  # `'dataset'`: by the statistics of these images; or (mean, std)
+        augment: Callable | None = None,  # Called as `augment(image, mask, seed)`
+        names: Sequence[str] | None = None,  # For messages; `None`: file names or numbers
+        seed: int = 0,  # Crops and augmentation are a function of this, the epoch and the index
+        cache: bool = True,  # Whether to decode everything now and keep it in memory
+    ):
+        if len(images) != len(masks) or not len(images):
+            raise ValueError(f"{len(images)} images, {len(masks)} masks: there must be as many masks as images, and at least one.")
+        check_options(batch_size=1, n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, pad=pad, seed=seed, cache=cache, colors=colors)
+        self.images, self.masks = list(images), list(masks)
+        self.n_classes, self.foreground, self.ignore_index, self.colors = n_classes, foreground, ignore_index, colors
+        self.class_names, self.augment, self.seed = as_class_names(class_names, n_classes), augment, seed
+        self.n_channels = n_channels or common_channels({read_header(o).channels for o in self.images})
+        self.image_size, self.pad = as_size(image_size, "image_size"), as_size(pad, "pad")
+        self.crop = crop if isinstance(crop, RandomCrop) or crop is None else RandomCrop(as_size(crop, "crop"), 0.0, ignore_index)
+        self.names = list(names or (o.name if isinstance(o, Path) else str(i) for i, o in enumerate(self.images)))
+        given = as_statistics(normalize, self.n_channels)
+        self._cache = _in_threads(lambda i: _for_cache(self, i), len(self)) if cache else None
+        self.mean, self.std = _statistics(self) if given == "dataset" else given
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "Image float32 (C, H, W) in [0, 1]; mask float32 (1, H, W) for one class, int64 (H, W) for several"
-        (image, mask), when = self.arrays(index), (getattr(index, "epoch", 0), index)
+        "Image float32 (C, H, W); mask float32 (1, H, W) for one class, int64 (H, W) for several"
+        (image, mask, places), when = self._kept(index), (getattr(index, "epoch", 0), index)
+        if self.pad:
+            image, mask, places = *pad_pair(image, mask, self.pad, self.ignore_index), None
         if self.crop:
-            image, mask = random_crop(image, mask, self.crop, derive_seed(self.seed, "crop", *when))
-        image, mask = _to_float(image), torch.from_numpy(mask)
+            image, mask = self.crop(image, mask, derive_seed(self.seed, "crop", *when), places)
+        image, mask = prepare_image(image), torch.from_numpy(mask)
         if self.augment is not None:
             image, mask = self.augment(image, mask, derive_seed(self.seed, "augment", *when))
-        return image, mask[None].float() if self.n_classes == 1 else mask.long()
+        return normalize_image(image, self.mean, self.std), mask[None].float() if self.n_classes == 1 else mask.long()
 
-# %% ../nbs/06_dataset.ipynb #0785bb0f
+# %% ../nbs/06_dataset.ipynb #592bedf9
 def _read_pair(dataset, index):
     "Decode and resize one image and its mask"
     image = read_image(dataset.images[index], dataset.n_channels)
-    mask = read_mask(dataset.masks[index], dataset.n_classes, dataset.foreground, dataset.ignore_index)
+    mask = read_mask(dataset.masks[index], dataset.n_classes, dataset.foreground, dataset.ignore_index, dataset.colors)
     if image.shape[1:] != mask.shape:
         raise ValueError(f"{dataset.name_of(index)}: the image is {image.shape[1:]} and its mask {mask.shape} (height, width).")
-    return _resize(image, mask, dataset.image_size) if dataset.image_size else (image, mask)
+    if dataset.image_size:
+        image, mask = resize_pair(image, mask, dataset.image_size)
+    if dataset.pad and any(have > want for have, want in zip(mask.shape, dataset.pad)):
+        raise ValueError(f"{dataset.name_of(index)} has {mask.shape[0]} x {mask.shape[1]} pixels, more than pad={dataset.pad}. Pad to a larger size.")
+    return image, _roomy(mask, dataset.ignore_index)
 
 
-def _read_all(dataset):
-    "All pairs, in order"
+def _roomy(mask, ignore_index):
+    "The mask in a type that can hold `ignore_index`: augmentation and padding may need it where this mask does not"
+    if ignore_index is None or mask.dtype != np.uint8 or 0 <= ignore_index <= 255:
+        return mask
+    return mask.astype(np.int16 if -(2**15) <= ignore_index < 2**15 else np.int32)
+
+
+def _for_cache(dataset, index):
+    "What is kept in memory of a pair: image, mask, and the places of the classes if crops look for them"
+    image, mask = _read_pair(dataset, index)
+    return image, mask, class_places(mask, dataset.ignore_index) if dataset.crop and dataset.crop.foreground else None
+
+
+def _statistics(dataset):
+    "Mean and standard deviation of each channel, from all images as they are kept"
+    mean, std = pool_moments(_in_threads(lambda i: channel_moments(dataset.arrays(i)[0]), len(dataset)))
+    _log.info("mean %s, standard deviation %s of %d images", mean, std, len(dataset))
+    return mean, std
+
+
+def _in_threads(call, n):
+    "`call(i)` for i from 0 to n - 1, in order"
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda i: _read_pair(dataset, i), range(len(dataset))))
-
-# %% ../nbs/06_dataset.ipynb #d9217931
-def _common_channels(found):
-    "How many channels all images shall have, given the set of those found"
-    if found <= {1, 3}:
-        return max(found)
-    if len(found) == 1:
-        return found.pop()
-    raise ValueError(f"the images have {sorted(found)} channels. Use images with the same number, or grey and RGB.")
-
-
-def _to_float(image):
-    "A float32 tensor in [0, 1], always a copy"
-    scale = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
-    return torch.from_numpy(image.astype(np.float32)).div_(scale)
+        return list(pool.map(call, range(n)))
 
 # %% ../nbs/06_dataset.ipynb #f8137ca3
 def demo_dataloaders(
@@ -142,34 +181,22 @@ def demo_dataloaders(
 ) -> tuple[DataLoader, DataLoader]:  # For training and for validation
     "Loaders of microscope-like images with masks, drawn on the spot: RGB, a function of the arguments."
     datasets = []
-    for part, count, pipeline in (("train", n_train, _pipeline(augment, None)), ("val", n_val, None)):
+    for part, count, pipeline in (("train", n_train, as_pipeline(augment)), ("val", n_val, None)):
         drawn = [draw_cells(i, size, n_classes, derive_seed(seed, part)) for i in range(count)]
         images, masks = ([pair[i] for pair in drawn] for i in (0, 1))
         names = [f"{part}_{i}" for i in range(count)]
         datasets.append(SegmentationDataset(images, masks, n_classes, augment=pipeline, names=names, seed=seed))
     return tuple(make_loader(o, batch_size, i == 0, seed, num_workers) for i, o in enumerate(datasets))
 
-
-def _pipeline(augment, ignore_index):
-    "The augmentation that a user asked for: a strength, a callable, or nothing"
-    if augment is None or augment is False:
-        return None
-    if isinstance(augment, str):
-        return get_augmentation_pipeline(strength=augment, ignore_index=ignore_index)
-    if callable(augment):
-        return augment
-    raise TypeError(f"augment={augment!r}: use 'light', 'medium', 'heavy', None, or a callable (image, mask, seed).")
-
 # %% ../nbs/06_dataset.ipynb #44e4b75d
 _CACHE_BYTES = 1_000_000_000
-_log = logging.getLogger(__name__)
 
 
 def create_dataloaders(
     images: str | Path | Sequence[str | Path],  # Folder of images, or a list of files
     masks: str | Path | Sequence[str | Path],  # Folder of masks, or a list of files; may be the same folder
     batch_size: int = 8,  # Images in a batch
-    val: float | slice | Sequence[int] | Sequence[str] = 0.2,  # A fraction, or positions in sorted order, or names
+    val: float | slice | Sequence = 0.2,  # A fraction; positions in sorted order; names; or a pair of folders (images, masks)
     image_size: int | tuple[int, int] | None = None,  # Resize to this; one number, or height and width
     n_classes: int = 1,  # 1: foreground against background; more: the mask holds class indices
     foreground: int | Sequence[int] | None = None,  # For one class: the mask value(s) to find; `None`: what is not 0
@@ -179,32 +206,72 @@ def create_dataloaders(
     num_workers: int | None = None,  # Worker processes; `None` chooses, see `default_workers`
     seed: int = 0,  # Split, order, crops and augmentation are functions of this
     *,
+    mask_pattern: str | None = None,  # How a mask is named, where a suffix does not say it, see `pair_files`
+    colors: Sequence | Mapping | None = None,  # For masks in colour: colours in class order, or colour -> class
+    class_names: Sequence[str] | None = None,  # One for each class, for tables and pictures
+    groups: str | Callable | Mapping | Sequence | None = None,  # What stays on one side of the split, see `find_groups`
+    normalize: str | tuple | None = None,  # `'dataset'`: by mean and std of the training images; or (mean, std)
     crop: int | tuple[int, int] | None = None,  # Train on random windows of this size
+    foreground_crops: float = 0.33,  # Share of those windows that are placed on a random class
+    pad: str | int | tuple[int, int] | None = None,  # `'largest'`, or a size: add a margin of `ignore_index`
     cache: bool | str = "auto",  # Whether to keep decoded images in memory; `'auto'`: up to 1 GB
 ) -> tuple[DataLoader, DataLoader]:  # For training and for validation
     """Loaders for a folder of images and a folder of masks, paired by name and sorted so that `2.png` comes before `10.png`.
 
-    PNG, JPEG, TIFF, GIF, BMP and NPY; grey images have 1 channel, colour 3, a mixture 3. Raises `ValueError` that names the
-    files for all that does not fit together.
+    Raises `ValueError` that names the option or the files for all that does not fit together.
     """
-    image_size, crop, pipeline = _pair_of(image_size), _pair_of(crop), _pipeline(augment, ignore_index)
-    pairs = pair_files(images, masks, mask_suffix)
-    headers = [_checked_header(*pair) for pair in pairs]
-    sizes = [image_size or header[:2] for header in headers]
-    parts = split_positions([image.name for image, _ in pairs], val, seed)
-    _check_sizes([sizes[i] for i in parts[0]], batch_size, crop)
-    if cache == "auto":
-        cache = sum(h * w * (header.channels + 1) for (h, w), header in zip(sizes, headers)) <= _CACHE_BYTES
-    options = dict(
-        n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, image_size=image_size, seed=seed, cache=cache,
-        n_channels=_common_channels({header.channels for header in headers}),
+    check_options(
+        batch_size=batch_size, n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, num_workers=num_workers,
+        seed=seed, cache=cache, foreground_crops=foreground_crops, image_size=image_size, pad=pad, colors=colors,
     )  # fmt: skip
-    train, val_ = ([list(o) for o in zip(*(pairs[i] for i in part))] for part in parts)
-    datasets = SegmentationDataset(*train, crop=crop, augment=pipeline, **options), SegmentationDataset(*val_, **options)
-    _log.info("%d training and %d validation images%s", *map(len, datasets), ", in memory" if cache else "")
-    workers = [default_workers(not cache, augments) for augments in (pipeline is not None, False)] if num_workers is None else [num_workers] * 2
-    val_batch = batch_size if len({sizes[i] for i in parts[1]}) == 1 else 1
-    return make_loader(datasets[0], batch_size, True, seed, workers[0]), make_loader(datasets[1], val_batch, False, seed, workers[1])
+    resize, window, pipeline = as_size(image_size, "image_size"), as_size(crop, "crop"), as_pipeline(augment, ignore_index)
+    pairs, val = _find_pairs(images, masks, val, mask_suffix=mask_suffix, mask_pattern=mask_pattern)
+    options = dict(
+        n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, colors=colors, image_size=resize, seed=seed,
+        class_names=as_class_names(class_names, n_classes),
+    )  # fmt: skip
+    parts = split_positions([image.name for image, _ in pairs], val, seed, groups)
+    headers = [_checked_header(*pair) for pair in pairs]
+    sizes, n_channels = [resize or header[:2] for header in headers], common_channels({header.channels for header in headers})
+    as_statistics(normalize, n_channels)
+    margin = common_size(pad, sizes)
+    _check_sizes([sizes[i] for i in parts[0]], batch_size, window or margin)
+    options |= dict(n_channels=n_channels, cache=_bytes(pairs, headers, resize) <= _CACHE_BYTES if cache == "auto" else cache)
+    train_files, val_files = ([list(o) for o in zip(*(pairs[i] for i in part))] for part in parts)
+    crops = window and RandomCrop(window, foreground_crops, ignore_index)
+    train = SegmentationDataset(*train_files, crop=crops, pad=None if crops else margin, augment=pipeline, normalize=normalize, **options)
+    held_out = SegmentationDataset(*val_files, pad=margin, normalize=train.mean and (train.mean, train.std), **options)
+    return _loaders(train, held_out, batch_size, num_workers, margin or len({sizes[i] for i in parts[1]}) == 1)
+
+# %% ../nbs/06_dataset.ipynb #73d8653b
+def _find_pairs(images, masks, val, **naming):
+    "All pairs of files, and `val` without folders: the pairs of a validation folder come last and are chosen by position"
+    pairs = pair_files(images, masks, **naming)
+    if not (isinstance(val, (tuple, list)) and len(val) == 2 and all(isinstance(o, (str, Path)) for o in val)):
+        return pairs, val
+    if not any(isinstance(o, Path) for o in val) and not all(Path(o).is_dir() for o in val):
+        return pairs, val
+    more = pair_files(*val, **naming)
+    twice = sorted({image.resolve() for image, _ in pairs} & {image.resolve() for image, _ in more})
+    if twice:
+        raise ValueError(f"val: {len(twice)} images are in the training and in the validation folder: {', '.join(str(o) for o in twice[:5])}.")
+    return pairs + more, range(len(pairs), len(pairs) + len(more))
+
+
+def _bytes(pairs, headers, resize):
+    "About how much memory the decoded images and masks take"
+    if resize:
+        return sum(resize[0] * resize[1] * (header.channels + 1) for header in headers)
+    decoded = [header.height * header.width for header in headers]
+    return sum(max(n * header.channels, image.stat().st_size) + n for n, header, (image, _) in zip(decoded, headers, pairs))
+
+
+def _loaders(train, held_out, batch_size, num_workers, one_size):
+    "The two loaders; validation images of different sizes come one at a time"
+    cached = train.cached
+    _log.info("%d training and %d validation images%s", len(train), len(held_out), ", in memory" if cached else "")
+    workers = [default_workers(not cached, augments) for augments in (train.augment is not None, False)] if num_workers is None else [num_workers] * 2
+    return make_loader(train, batch_size, True, train.seed, workers[0]), make_loader(held_out, batch_size if one_size else 1, False, train.seed, workers[1])
 
 # %% ../nbs/06_dataset.ipynb #51b36ba7
 def _checked_header(image, mask):
@@ -218,12 +285,12 @@ def _checked_header(image, mask):
     return header
 
 
-def _check_sizes(sizes, batch_size, crop):
+def _check_sizes(sizes, batch_size, made_equal):
     "Raise `ValueError` where training images of different sizes would have to share a batch"
     found = Counter(sizes)
-    if len(found) > 1 and batch_size > 1 and crop is None:
+    if len(found) > 1 and batch_size > 1 and not made_equal:
         shown = ", ".join(f"{h} x {w} ({n} images)" for (h, w), n in found.most_common(5))
         raise ValueError(
             f"the training images have {len(found)} different sizes (height x width): {shown}{', …' if len(found) > 5 else ''}. "
-            "A batch needs one size: pass crop=256 to train on random windows, or image_size=256 to resize, or batch_size=1."
+            "A batch needs one size: pass crop=256 to train on random windows, or image_size=256 to resize, or pad='largest', or batch_size=1."
         )

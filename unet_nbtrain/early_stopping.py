@@ -34,8 +34,9 @@ def _mode_of(monitor: str, mode: str | None) -> str:
         return mode
     if mode is not None:
         raise ValueError(f"mode={mode!r}: use 'min' where less is better, 'max' where more is better.")
-    if monitor in _MODES:
-        return _MODES[monitor]
+    known = [part for part in str(monitor).split(".") if part in _MODES]
+    if known:
+        return _MODES[known[-1]]
     closest = get_close_matches(str(monitor), _MODES, n=1)
     hint = f" Did you mean {closest[0]!r}?" if closest else ""
     raise ValueError(f"monitor={monitor!r} is not known.{hint} Known: {', '.join(_MODES)}; for another one give mode=.")
@@ -82,7 +83,7 @@ class _Watched:
         metrics = row.get("val")
         if not metrics:
             return None
-        numbers = {name: value for name, value in metrics.items() if value is None or isinstance(value, Real)}
+        numbers = _numbers(metrics)
         if self.monitor not in numbers:
             raise ValueError(f"The validation has no metric {self.monitor!r}; it has: {', '.join(numbers)}.")
         value = numbers[self.monitor]
@@ -92,6 +93,17 @@ class _Watched:
         "Whether `value` is finite and strictly better than `best` by more than `min_delta`."
         sign = 1 if self.mode == "min" else -1
         return math.isfinite(value) and sign * value < sign * best - min_delta
+
+
+def _numbers(metrics: Mapping | list, above: str = "") -> dict[str, float | None]:
+    "Dotted name -> number, or None where NaN was written as such, of all numbers in nested metrics."
+    found = {}
+    for name, value in metrics.items() if isinstance(metrics, Mapping) else enumerate(metrics):
+        if isinstance(value, (Mapping, list, tuple)):
+            found |= _numbers(value, f"{above}{name}.")
+        elif value is None or isinstance(value, Real):
+            found[f"{above}{name}"] = value
+    return found
 
 # %% ../nbs/12_early_stopping.ipynb #ace90d2b
 _CHECKS = {"patience": _patience, "min_delta": _min_delta, "start_epoch": _start_epoch}
@@ -159,7 +171,7 @@ class EarlyStopping(_Counting):
         patience: int | None = None,  # Validations without improvement until the stop, 1 or more; None: never stop
         min_delta: float = 0.0,  # By how much a value must beat the best one to count, 0 or more
         *,
-        monitor: str = "loss",  # Which validation metric is watched
+        monitor: str = "loss",  # Which validation metric is watched; dotted into nested ones: `'per_class.dice.3'`
         mode: str | None = None,  # `'min'` or `'max'`; None: known from the name of the package's own metrics
         start_epoch: int = 0,  # Epochs before this one are not counted against the patience
     ):

@@ -41,8 +41,10 @@ class SegmentationLoss(nn.Module):
 
     Subclasses define `score`. Called with logits (N, n_classes, H, W) and masks, a loss gives a 0-dim tensor;
     a batch in which every pixel is ignored gives 0 with a gradient of zeros. Raises ValueError or TypeError for
-    shapes and dtypes that do not fit, and on a CPU for labels that are no class.
+    shapes and dtypes that do not fit, and on a CPU, with several classes, for labels that are no class.
     """
+
+    _weighs_pixels = True
 
     def __init__(
         self,
@@ -56,6 +58,11 @@ class SegmentationLoss(nn.Module):
         self.n_classes, self.ignore_index = n_classes, ignore_index
         self.register_buffer("class_weights", _checked_weights(class_weights, n_classes))
 
+    @property
+    def pixel_weights(self) -> torch.Tensor | None:
+        "The class weights by whose sum over the pixels a loss is divided; `None` where the number of pixels does that."
+        return self.class_weights if self.n_classes > 1 and self._weighs_pixels else None
+
     def forward(
         self,
         logits: torch.Tensor,  # (N, n_classes, H, W), any float dtype
@@ -64,10 +71,11 @@ class SegmentationLoss(nn.Module):
         "The loss of a batch."
         target = match_target(logits, target, self.n_classes)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        target = target.to(logits.dtype) if self.n_classes == 1 else target.long()
+        target = target.to(logits.dtype) if self.n_classes == 1 else _class_indices(target, self.n_classes)
         valid = None
         if self.ignore_index is not None:
             ignored = target == self.ignore_index
+            logits = logits.masked_fill(ignored.unsqueeze(1), 0)
             target, valid = target.masked_fill(ignored, 0), (~ignored).to(logits.dtype)
         try:
             return self.score(logits, target, valid)
@@ -83,15 +91,18 @@ class SegmentationLoss(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in (shown | weights).items())
 
 # %% ../nbs/02_losses.ipynb #72bc6a02
-def _bad_label_message(
-    n_classes: int,  # What the loss was made for
-    ignore_index: int | None,  # What is left out
-) -> str:  # What was wrong and what to do
+def _class_indices(target: torch.Tensor, n_classes: int) -> torch.Tensor:
+    "The mask as int64; fractions, which interpolation makes, become `n_classes`: a label that is no class."
+    labels = target.long()
+    return labels.where(labels == target, n_classes) if target.is_floating_point() else labels
+
+
+def _bad_label_message(n_classes: int, ignore_index: int | None) -> str:
     "The message for masks with labels that are no class."
     return (
-        f"a mask holds a label that is no class: n_classes={n_classes} knows 0 to {n_classes - 1}, ignore_index is "
-        f"{ignore_index}. Map the mask values to class indices, set ignore_index to the value of unlabelled pixels, "
-        "or raise n_classes."
+        f"a mask holds a label that is no class: n_classes={n_classes} knows 0 to {max(n_classes - 1, 1)}, ignore_index is "
+        f"{ignore_index}. Map the mask values to class indices (0 and 255: divide by 255), set ignore_index to the value "
+        "of unlabelled pixels, or raise n_classes."
     )
 
 # %% ../nbs/02_losses.ipynb #34820a59
@@ -142,11 +153,8 @@ class PixelLoss(SegmentationLoss):
 _NO_LABEL = -(2**31)  # torch would otherwise silently skip the label -100
 
 # %% ../nbs/02_losses.ipynb #df65be52
-def _not_negative(
-    name: str,  # What to call it in the message
-    value: float,  # The number
-) -> float:  # The same number
-    "Check an option. Raises ValueError if it is negative or not a finite number."
+def _not_negative(name: str, value: float) -> float:
+    "Check an option called `name`. Raises ValueError if it is negative or not a finite number."
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number of 0 or more, got {value}")
     return value
@@ -158,6 +166,8 @@ class OverlapLoss(SegmentationLoss):
     Sums are pooled over the batch for each class; the loss is their (weighted) mean over the foreground classes,
     in [0, 1]. False positives of a class that is absent from the batch cost about their share of all pixels.
     """
+
+    _weighs_pixels = False
 
     def __init__(
         self,
@@ -172,8 +182,8 @@ class OverlapLoss(SegmentationLoss):
     ):
         super().__init__(n_classes, class_weights, ignore_index)
         if n_classes == 1 and (background or class_weights is not None):
-            raise ValueError("an overlap loss of one class has nothing to weigh: class_weights and background need "
-                             "several classes; 'bce_dice' takes class_weights, for its cross-entropy part")
+            raise ValueError("an overlap loss of one class has nothing to weigh: leave class_weights and background out; "
+                             "'bce_dice' takes a weight for its cross-entropy, 'tversky' a larger beta to miss less")
         self.alpha, self.beta = _not_negative("alpha", alpha), _not_negative("beta", beta)
         self.smooth, self.squared = _not_negative("smooth", smooth), squared
         self.background = background
@@ -203,12 +213,8 @@ class OverlapLoss(SegmentationLoss):
         return (loss * weights).sum() / weights.sum()
 
 # %% ../nbs/02_losses.ipynb #a9181517
-def _class_maps(
-    logits: torch.Tensor,  # (N, n_classes, H, W)
-    target: torch.Tensor,  # (N, H, W)
-    first: int,  # The first class to keep
-) -> tuple[torch.Tensor, torch.Tensor]:  # Probabilities and truth, (N, n_classes - first, H, W) each
-    "One map of probabilities and one of zeros and ones for each class."
+def _class_maps(logits: torch.Tensor, target: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Probabilities and truth of each class from `first` on, (N, n_classes - first, H, W) each."
     if logits.shape[1] == 1:
         return logits.sigmoid(), target.unsqueeze(1)
     p = logits.softmax(1)
@@ -284,10 +290,7 @@ def create_loss_function(
     return make(n_classes, class_weights, ignore_index, **(options | kwargs))
 
 # %% ../nbs/02_losses.ipynb #3cbe20ff
-def _closest(
-    word: str,  # What was asked for
-    known: Iterable[str],  # What there is
-) -> str:  # A question for an error message, or nothing
-    "Guess what was meant."
+def _closest(word: str, known: Iterable[str]) -> str:
+    "A guess at what was meant, as a question for an error message, or nothing."
     guess = difflib.get_close_matches(str(word), list(known), n=1)
     return f" (did you mean {guess[0]!r}?)" if guess else ""

@@ -238,7 +238,7 @@ def _summary(
         **{name: macro_mean(score, background).item() for name, score in scores.items()},
         "accuracy": (correct / valid).item(),
         "dice_per_image": (dice_sum / images).item(),
-        "per_class": {name: scores[name].tolist() for name in ("dice", "iou")},
+        "per_class": {name: score.tolist() for name, score in scores.items()},
     }
 
 
@@ -282,7 +282,7 @@ class SegmentationMetrics(PooledCounts):
         self.add(classes=classes.sum(0), pixels=pixels.sum(0), images=scored, dice_sum=dice.nansum())
 
     def compute(self) -> dict:  # Floats 'dice', 'iou', 'precision', 'recall', 'accuracy', 'dice_per_image'; 'per_class'
-        """The scores so far; NaN where nothing was there to score. 'per_class' holds lists 'dice' and 'iou'.
+        """The scores so far, NaN where nothing was there to score; 'per_class' has lists of the first four of them.
 
         Raises ValueError if masks held values that are neither a class nor `ignore_index`.
         """

@@ -22,8 +22,8 @@ from .control import Command, Run
 from .history import History
 from .plots import LiveCurves, plot_history, save_png
 from .trainer import UNetTrainer
-from .view import STYLE, header_html, message_html, progress_html, read_status, spoken, tiles_html
-from .watcher import Pump, Watcher
+from .view import STYLE, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
+from .watcher import DataCheck, Pump, Watcher
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class _Widgets:
     "The pieces of the panel, and the box around them"
 
     def __init__(self):
-        names = ("header", "progress", "tiles", "message", "spoken")
+        names = ("header", "progress", "tiles", "data", "message", "spoken")
         self.html = {name: widgets.HTML() for name in names}
         self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.picture.add_class("unt-plot")
@@ -64,7 +64,7 @@ class _Widgets:
         buttons.add_class("unt-buttons")
         style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
         order = [style, self.html["header"], buttons, self.html["progress"], self.picture]
-        self.box = widgets.VBox([*order, self.html["tiles"], self.html["message"], self.html["spoken"]])
+        self.box = widgets.VBox([*order, *(self.html[name] for name in ("tiles", "data", "message", "spoken"))])
         self.box.add_class("unt-panel")
         for control in self.controls.values():
             _free_clicks(control)
@@ -122,6 +122,7 @@ class _Display:
         self._widgets, self._watcher, self._curves = _Widgets(), Watcher(_keep_curves), LiveCurves()
         self._handles, self._tick, self._lock = [], 0, threading.Lock()
         self._pump = self._drawn_run = None
+        self._check = DataCheck(trainer, self._watcher.ring)
         trainer.observers.add(self._watcher)
         self._paint(True)
 
@@ -133,6 +134,8 @@ class _Display:
         html["progress"].value, html["tiles"].value = progress_html(status), tiles_html(status)
         html["message"].value = message_html(status, watcher.problems)
         html["spoken"].value = f'<span role="status" aria-live="polite">{spoken(status)}</span>'
+        if not html["data"].value and self._check.wait(0):
+            html["data"].value = data_html(self._check.reports, self._check.error)
         _set_buttons(self._widgets.controls, status.state)
         if with_picture:
             self._widgets.picture.value = self._curves.png(self.trainer.history, watcher.trace.read(), status.total)
@@ -151,6 +154,7 @@ class _Display:
             if self._pump is None:
                 self._pump = Pump(_Painter(self), self._watcher)
                 self._pump.start()
+        self._check.begin()
         text = spoken(read_status(self.trainer, self.num_epochs))
         if get_ipython() is None:
             return _log.info("%s There is no notebook here to show a panel in.", text)
@@ -180,11 +184,18 @@ class _Painter:
         return run is not None and run.state == "running"
 
 # %% ../nbs/18_panel.ipynb #2738e939
+_LOOK_SECONDS = 10  # How long Start waits for the look at the masks
+
+
 class _Commands(_Display):
     "The steering side: what the buttons do, callable from cells too"
 
     def start(self) -> Run:  # The handle of the run
-        "Begin, or go on after the end. While a run is going on this changes nothing, so a cell with it may be run again."
+        """Begin, or go on after the end. While a run is going on this changes nothing, so a cell with it may be run again.
+
+        Raises `ValueError` before the first step if a look at the masks found something that cannot be right.
+        """
+        self._require_good_masks()
         with self._lock:
             run = self.trainer.run
             if run is None or run.ended:
@@ -192,6 +203,11 @@ class _Commands(_Display):
                 run = self.trainer.start(left if left > 0 else self.num_epochs)
         self._watcher.ring()
         return run
+
+    def _require_good_masks(self):
+        self._check.begin()
+        if self.trainer.run is None and self._check.wait(_LOOK_SECONDS) and self._check.error is not None:
+            raise self._check.error
 
     def pause(self) -> Command:
         "Wait after the present batch."

@@ -7,6 +7,7 @@ __all__ = ['ResumableState']
 
 # %% ../nbs/15_saving.ipynb #0c17fd1c
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,37 +16,52 @@ import torch
 
 from .checkpoint import CheckpointError, load_file, load_weights, save_file
 from .core import unwrap
+from .epoch import averaged_model
 from .state import TrainerState
 
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/15_saving.ipynb #ceb714a0
 class _Saving(TrainerState):
-    "The whole run as one dictionary, to a file and back"
+    "The whole run as one dictionary"
 
     def state_dict(self) -> dict:
         "The whole run: weights, optimizer, schedule, position, sums of the epoch, history, early stopping, settings."
-        model, in_training = unwrap(self.model), self._train_metrics is None
-        return {
-            "model_state_dict": model.state_dict(),
+        return {**self._weights_state(), **self._position_state()} | {
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.scheduler.state_dict() if self.scheduler is not None else None,
             "scaler_state_dict": self.scaler.state_dict() if self.scaler else None,
             "optimizer": type(self.optimizer).__name__,
-            "model": type(model).__name__,
-            "model_config": getattr(model, "config", None),
-            "epoch": self.current_epoch,
-            "global_step": self.global_step,
-            "batch": self._start_batch if in_training else 0,
-            "train_metrics": self._train_metrics,
-            "meter": self._train_meter.state_dict() if in_training else {},
-            "seconds": self._epoch_seconds(),
-            "total_epochs": self.total_epochs,
+            "data": self.preprocessing,
+            "threshold": self.threshold,
             "early_stopping": self.early_stopping.state_dict(),
             "history": self.history.state_dict(),
             "settings": self.changed_settings,
             "seed": self.seed,
             "torch": torch.__version__,
+        }
+
+    def _weights_state(self):
+        "The weights that were evaluated and, where they are others, those that are in training"
+        model = unwrap(self.model if self._aside is None else self._aside)
+        state = {"model": type(model).__name__, "model_config": getattr(model, "config", None)}
+        if self.averaged is None or self._last_weights is not None:
+            return state | {"model_state_dict": model.state_dict()}
+        averaged = {"model_state_dict": self.averaged.module.state_dict(), "averaged_steps": self.averaged.n_averaged.item()}
+        return state | averaged | {"training_model_state_dict": model.state_dict()}
+
+    def _position_state(self):
+        "Where in the run it is, with the sums of the epoch at work"
+        in_training = self._train_metrics is None
+        return {
+            "epoch": self.current_epoch,
+            "global_step": self.global_step,
+            "batch": self._start_batch if in_training else 0,
+            "train_metrics": self._train_metrics,
+            "meter": self._train_meter.state_dict() if in_training else {},
+            "norms": self._norms.state_dict(),
+            "seconds": self._epoch_seconds(),
+            "total_epochs": self.total_epochs,
         }
 
 # %% ../nbs/15_saving.ipynb #9295f75a
@@ -63,10 +79,10 @@ class _Writing(_Saving):
         given = {"epoch": epoch, "optimizer_state_dict": optimizer_state, "scheduler_state_dict": scheduler_state}
         return save_file(self.state_dict() | {k: v for k, v in given.items() if v is not None}, path)
 
-    def _save(self, path=None):
+    def _save(self, path=None, also=()):
         "Write into the run's folder; a disk that refuses is a problem to be told, not the end of the training"
         try:
-            return self._folder.save(self.state_dict(), path)
+            return self._folder.save(self.state_dict(), path, also)
         except CheckpointError as error:
             _log.error("%s", error)
             self.history.mark("problem", self.progress, self.global_step, str(error))
@@ -89,7 +105,8 @@ class _Loading(_Writing):
             self._check_optimizer(state, path)
         if "early_stopping" in state:
             self._load_early_stopping(state["early_stopping"])
-        load_weights(self.model, state["model_state_dict"], source=str(path))
+        load_weights(self.model, state.get("training_model_state_dict", state["model_state_dict"]), source=str(path))
+        self._load_average(state)
         self._last_weights = None
         if optimizer_state is None:
             return _log.info("%s holds weights alone; they were loaded.", path)
@@ -112,18 +129,27 @@ class _Loading(_Writing):
 
 # %% ../nbs/15_saving.ipynb #f3ecebf7
 class _Restoring(_Loading):
-    "Position, early stopping and best weights, as they were"
+    "Position, averages, early stopping and best weights, as they were"
 
     def _load_position(self, state):
         self.current_epoch, self.global_step, self.total_epochs = state["epoch"], state["global_step"], state["total_epochs"]
         self._start_batch, self._spent, self._train_metrics = state["batch"], state["seconds"], state["train_metrics"]
         self._train_meter.load_state_dict(state["meter"], self.device)
+        self._norms.load_state_dict(state.get("norms", {}), self.device)
         self.history.load_state_dict(state["history"])
         for name, value in state["settings"].items():
             if name not in ("lr", "epochs"):
                 owner, key = self._where(name)
                 setattr(owner, key, value)
         self.changed_settings = dict(state["settings"])
+
+    def _load_average(self, state):
+        "The averaged weights, if the file has any beside the raw ones and this trainer averages"
+        self.averaged = None
+        if "training_model_state_dict" in state and self.ema_decay is not None:
+            self.averaged = averaged_model(self.model, self.ema_decay)
+            self.averaged.module.load_state_dict(state["model_state_dict"])
+            self.averaged.n_averaged.fill_(state["averaged_steps"])
 
     def _load_early_stopping(self, state):
         "Counter and best as saved; patience and min_delta as this trainer was given them"
@@ -154,6 +180,8 @@ class _Weights(_Restoring):
         "Put the last weights back, if nobody has touched the model since the end of the run"
         if self._last_weights is not None and self._last_weights[1] == self._versions():
             unwrap(self.model).load_state_dict(self._last_weights[0])
+        elif self._last_weights is not None:
+            self.averaged = None
         self._last_weights = None
 
     def _versions(self):
@@ -161,16 +189,34 @@ class _Weights(_Restoring):
         return [p._version for p in self.model.parameters()]
 
 # %% ../nbs/15_saving.ipynb #faea189b
-class ResumableState(_Weights):
-    "A trainer's state that can be written to files and read back: all of `UNetTrainer` but the loop."
+class _Cadence(_Weights):
+    "What is written when"
 
     def _save_epoch(self, best):
+        folder, epoch, names = self._folder, self.current_epoch, []
         if best:
-            self.best_weights.keep(self.model)
-            self._save(self._folder.best)
-        if self.save_every_n_epochs and self.current_epoch % self.save_every_n_epochs == 0:
-            self._save(self._folder.epoch(self.current_epoch))
-        self._save()
+            self.best_weights.keep(self.evaluated_model)
+            names.append(folder.best)
+        if self.save_every_n_epochs and epoch % self.save_every_n_epochs == 0:
+            names.append(folder.numbered("epoch", epoch))
+        if self.save_top_k and epoch in self._top_epochs():
+            names.append(folder.numbered("top", epoch))
+        if self._save(also=names) is None:
+            return
+        if self.save_top_k:
+            folder.keep("top", self._top_epochs())
+        if self.keep_epochs:
+            folder.keep("epoch", [number for number in folder.numbers("epoch") if number <= epoch][-self.keep_epochs :])
+
+    def _top_epochs(self):
+        "The best epochs so far, as many as `save_top_k` says, by what early stopping watches"
+        sign = -1 if self.early_stopping.mode == "max" else 1
+        scored = [(sign * self.early_stopping.value_of(row), row["epoch"]) for row in self.history.rows]
+        return [epoch for value, epoch in sorted(o for o in scored if math.isfinite(o[0]))[: self.save_top_k]]
+
+# %% ../nbs/15_saving.ipynb #ca46e195
+class ResumableState(_Cadence):
+    "A trainer's state that can be written to files and read back: all of `UNetTrainer` but the loop."
 
     def _save_now(self):
         if (path := self._save()) is None:
