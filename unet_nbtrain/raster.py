@@ -30,7 +30,8 @@ def reading(
     except _UNREADABLE as error:
         is_file = isinstance(source, Path)
         unknown = is_file and source.suffix.lower() in (".tif", ".tiff") and re.search("cannot identify|raw mode|more samples", str(error), re.IGNORECASE)
-        raise ValueError(f"{source if is_file else 'an image or mask given as an array'}: {error}{_TIFF_ADVICE if unknown else ''}") from error
+        text = "it is not an image, or damaged at its beginning." if str(error).startswith("cannot identify image file") else str(error)
+        raise ValueError(f"{source if is_file else 'an image or mask given as an array'}: {text}{_TIFF_ADVICE if unknown else ''}") from error
 
 # %% ../nbs/04_raster.ipynb #7c2e613c
 _PNG_TAIL = 4096

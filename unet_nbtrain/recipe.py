@@ -83,7 +83,7 @@ def _make_schedule(arguments, optimizer, loader):
         "cosine_restarts": {"T_0": max(1, math.ceil(epochs / 7)), "T_mult": 2},
         "step": {"step_size": max(1, math.ceil(epochs / 3))},
         "exponential": {"gamma": 0.01 ** (1 / epochs)},
-        "plateau": {"mode": "min" if warmup else EarlyStopping(monitor=arguments.monitor).mode},
+        "plateau": {"mode": EarlyStopping(monitor=arguments.monitor).mode},
     }
     return create_scheduler(optimizer, name, warmup=warmup, **lengths[name])
 
