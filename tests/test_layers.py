@@ -31,6 +31,7 @@ ALLOWED = {
     "records": set(),
     "history": set(),
     "control": set(),
+    "settings": set(),
     "run_log": {"torch", "numpy"},
     "tensorboard_logger": {"torch", "numpy", "tensorboard"},
     "loggers": {"torch", "numpy", "tqdm"},

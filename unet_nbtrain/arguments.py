@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import unet_nbtrain
-from .state import check_setting
+from .settings import check_setting
 
 # %% ../nbs/17_arguments.ipynb #b4d94590
 def parse_val(

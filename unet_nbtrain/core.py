@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['available_devices', 'get_device', 'get_amp_dtype', 'derive_seed', 'seed_step', 'split_batch', 'move', 'unwrap',
-           'dataset_attribute', 'natural_key']
+           'length_of', 'dataset_attribute', 'natural_key']
 
 # %% ../nbs/00_core.ipynb #38b8b481
 import hashlib
@@ -137,6 +137,16 @@ def unwrap(
     while isinstance(model, (nn.DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
+
+# %% ../nbs/00_core.ipynb #d2e57fd5
+def length_of(
+    loader: object,  # A loader, or any iterable
+) -> int | None:  # Batches; `None` where nobody can say
+    "The number of batches of a loader."
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 # %% ../nbs/00_core.ipynb #1d84a890
 def dataset_attribute(

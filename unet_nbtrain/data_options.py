@@ -6,6 +6,7 @@
 __all__ = ['check_options', 'as_class_names', 'as_statistics', 'as_pipeline', 'common_channels', 'as_plain']
 
 # %% ../nbs/05_data_options.ipynb #ea4a77e0
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,9 @@ from .augmentation import get_augmentation_pipeline
 from .colors import color_table
 
 # %% ../nbs/05_data_options.ipynb #645a2cc0
+_MOST_WORKERS = max(32, 4 * (os.cpu_count() or 1))  # Each is a process of 100 MB or more
+
+
 def check_options(
     *,
     batch_size: int,  # Images in a batch, at least 1
@@ -33,7 +37,7 @@ def check_options(
     rules = [
         (_whole(batch_size, 1), f"batch_size={batch_size!r}: use a whole number of images, at least 1."),
         (_whole(n_classes, 1), f"n_classes={n_classes!r}: use 1 for foreground against background, or the number of classes, background included."),
-        (num_workers is None or _whole(num_workers, 0), f"num_workers={num_workers!r}: use None, 0, or a number of processes."),
+        (num_workers is None or _whole(num_workers, 0) and num_workers <= _MOST_WORKERS, f"num_workers={num_workers!r}: use None, 0, or a number of processes up to {_MOST_WORKERS}."),
         (_whole(seed), f"seed={seed!r}: use a whole number."),
         (ignore_index is None or _whole(ignore_index), f"ignore_index={ignore_index!r}: use one value of the masks, such as 255, or None."),
         (foreground is None or n_classes == 1, f"foreground={foreground!r} is for n_classes=1; with n_classes={n_classes!r} the masks hold class indices."),

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .core import get_amp_dtype, move, split_batch
-from .epoch import EpochMeter, batch_weight, check_batch
+from .core import dataset_attribute, get_amp_dtype, move, split_batch
+from .epoch import EpochMeter, batch_weight, check_batch, loss_weights
 from .image_files import read_header, read_image, read_mask
 from .inference import UNetPredictor, evaluation_mode
 from .pairing import pair_files
@@ -51,7 +51,7 @@ def _as_predictor(model, device):
 
 def _find_ignore_index(given, criterion, loader, predictor):
     "The mask value to skip; PyTorch's own default of -100 means none"
-    found = [given, *(getattr(o, "ignore_index", None) for o in (criterion, getattr(loader, "dataset", None)))]
+    found = [given, getattr(criterion, "ignore_index", None), dataset_attribute(loader, "ignore_index")]
     found.append(predictor.preprocessing["ignore_index"])
     return next((value for value in found if value is not None and value != -100), None)
 
@@ -68,7 +68,7 @@ def _count(predictor, loader, criterion, meter, amp_dtype):
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = predictor.model(images)
             loss = torch.zeros((), device=device) if criterion is None else criterion(logits, masks)
-        meter.update(loss, batch_weight(masks, meter.ignore_index), logits, masks)
+        meter.update(loss, batch_weight(masks, meter.ignore_index, loss_weights(criterion)), logits, masks)
     return meter
 
 # %% ../nbs/16_evaluation.ipynb #03a1e89f

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from .core import length_of
 from .files import atomic_write
 from .history import History
 from .run_log import RunLog, epoch_line, is_on_console
@@ -121,7 +122,7 @@ class ProgressBar(_Screen):
         "A new bar, from where the epoch goes on."
         self._close()
         if self._place is not None:
-            self._train, val = (_length(getattr(trainer, name, None)) for name in ("train_loader", "val_loader"))
+            self._train, val = (length_of(getattr(trainer, name, None)) for name in ("train_loader", "val_loader"))
             total = None if self._train is None or val is None else self._train + val
             self._bar = _new_bar(self._place, total, trainer.batch, f"epoch {trainer.current_epoch + 1}/{trainer.total_epochs}")
             self._due = time.monotonic() + self._interval
@@ -147,11 +148,6 @@ class ProgressBar(_Screen):
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.refresh()
         self._due = time.monotonic() + self._interval
-
-
-def _length(loader):
-    "How many batches a loader has, `None` when it cannot say"
-    return len(loader) if hasattr(loader, "__len__") else None
 
 # %% ../nbs/13_loggers.ipynb #a19974d4
 class HistoryFiles:

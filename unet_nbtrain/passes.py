@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .core import move, seed_step, split_batch, unwrap
-from .epoch import EpochMeter, averaged_model, batch_weight, check_batch, epoch_batches
+from .core import length_of, move, seed_step, split_batch, unwrap
+from .epoch import EpochMeter, averaged_model, batch_weight, check_batch, epoch_batches, loss_weights
 from .saving import ResumableState
 from .schedulers import step_scheduler
 
@@ -29,7 +29,7 @@ class _Feeding(ResumableState):
 
     def _feed(self, loader, phase, epoch, start=0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.phase, self.batch = phase, start
-        self.num_batches = len(loader) if hasattr(loader, "__len__") else None
+        self.num_batches = length_of(loader)
         batches = epoch_batches(loader, self.seed, epoch, start)
         try:
             while True:
@@ -60,6 +60,11 @@ class _Feeding(ResumableState):
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype else nullcontext()
 
 # %% ../nbs/16_passes.ipynb #9d0aa4ef
+def _counted(loss, weight):
+    "The loss of a batch, or 0 where no pixel counts: PyTorch's own losses give NaN for that"
+    return loss.where(weight > 0, 0) if torch.is_tensor(weight) else loss
+
+
 class _Training(_Feeding):
     "One pass over the training data"
 
@@ -71,17 +76,20 @@ class _Training(_Feeding):
         "Forward pass and loss of one batch; also used, without gradients, for validation. Override it for a loss of your own."
         with self._autocast():
             logits = self.model(images)
+            if not isinstance(logits, torch.Tensor):
+                raise TypeError(f"The model gave a {type(logits).__name__}, not logits. Override training_step(images, masks) to return (loss, logits).")
             return self.criterion(logits, masks), logits
 
     def _weight_of(self, masks):
-        "How much a batch counts; a loss with class weights says so, PyTorch's own as well"
-        plain = isinstance(self.criterion, nn.CrossEntropyLoss)
-        return batch_weight(masks, self.ignore_index, self.criterion.weight if plain else getattr(self.criterion, "pixel_weights", None))
+        "How much a batch counts"
+        return batch_weight(masks, self.ignore_index, loss_weights(self.criterion))
 
     def train_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole epoch
         "Train on every batch of the epoch once, from where it was left."
         self.model.train()
         group, weights = 0, 0.0
+        if self._start_batch == 0:
+            self._train_meter.threshold = self.threshold
         for images, masks in self._feed(self.train_loader, "train", self.current_epoch, self._start_batch):
             if group == 0:
                 self._boundary = self._start_batch, self._images, self._train_meter.state_dict()
@@ -89,6 +97,7 @@ class _Training(_Feeding):
             seed_step(self.device, self.seed, "model", self.current_epoch, self._start_batch)
             loss, logits = self.training_step(images, masks)
             weight = self._weight_of(masks)
+            loss = _counted(loss, weight)
             group, weights = group + 1, weights + weight
             alone = group == 1 and (size == 1 or self.batch + 1 == self.num_batches)
             self._backward(loss if alone else loss * weight)
@@ -116,7 +125,9 @@ class _Validating(_Training):
         meter = EpochMeter(self.ignore_index, self.threshold)
         for images, masks in self._feed(self.val_loader, "val", 0):
             loss, logits = self.training_step(images, masks)
-            meter.update(loss, self._weight_of(masks), logits, masks)
+            weight = self._weight_of(masks)
+            loss = _counted(loss, weight)
+            meter.update(loss, weight, logits, masks)
             if self.batch == 0:
                 self.val_batch = tuple(o[:_SAMPLES].detach().clone() for o in (images, masks, logits))
             self.batch += 1

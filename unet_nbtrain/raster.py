@@ -8,6 +8,8 @@ __all__ = ['reading', 'open_raster', 'page_count', 'is_grey', 'channels_first', 
 # %% ../nbs/04_raster.ipynb #4d36a63f
 import re
 import struct
+import tokenize
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # %% ../nbs/04_raster.ipynb #1ea0099b
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError, TypeError, tokenize.TokenError, zipfile.BadZipFile)
 _TIFF_ADVICE = " If it is a TIFF with other than 8-bit colour or one 16- or 32-bit channel, save it as a NumPy array (.npy), which can have any number of channels."
 
 

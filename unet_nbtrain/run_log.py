@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from .core import length_of
 from .files import to_json
 from .text import format_duration, format_rate, short_number
 
@@ -52,16 +53,12 @@ def describe_run(
         told["parameters"] = sum(p.numel() for p in parts["model"].parameters())
     if isinstance(parts["optimizer"], torch.optim.Optimizer):
         told["weight_decay"] = max(group.get("weight_decay", 0) for group in parts["optimizer"].param_groups)
-    sizes = {name: _length(getattr(trainer, name, None)) for name in ("train_loader", "val_loader")}
+    sizes = {name: length_of(getattr(trainer, name, None)) for name in ("train_loader", "val_loader")}
     told |= {f"{name.removesuffix('_loader')}_batches": size for name, size in sizes.items() if size is not None}
     told |= _batch_size(getattr(trainer, "train_loader", None))
     told |= {"precision": str(trainer.amp_dtype or torch.float32).removeprefix("torch.")} if hasattr(trainer, "amp_dtype") else {}
     return told | {"device": str(trainer.device), "torch": torch.__version__.split("+")[0], "python": platform.python_version()}
 
-
-def _length(loader):
-    "How many batches a loader has, `None` when it cannot say"
-    return len(loader) if hasattr(loader, "__len__") else None
 
 
 def _batch_size(loader):

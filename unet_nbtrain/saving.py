@@ -8,20 +8,28 @@ __all__ = ['ResumableState']
 # %% ../nbs/15_saving.ipynb #0c17fd1c
 import logging
 import math
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from .checkpoint import CheckpointError, load_file, load_weights, save_file
+from .checkpoint import CheckpointError, CheckpointFolder, load_file, load_weights, save_file
 from .core import unwrap
+from .early_stopping import BestWeights, LastWeights
 from .epoch import averaged_model
 from .state import TrainerState
 
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/15_saving.ipynb #ceb714a0
+def _kind_of(scheduler):
+    "The class of a schedule, and of the one inside a warm-up"
+    inner = getattr(scheduler, "inner", None)
+    return None if scheduler is None else type(scheduler).__name__ + (f" of {type(inner).__name__}" if inner is not None else "")
+
+
 class _Saving(TrainerState):
     "The whole run as one dictionary"
 
@@ -30,6 +38,7 @@ class _Saving(TrainerState):
         return {**self._weights_state(), **self._position_state()} | {
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "scheduler": _kind_of(self.scheduler),
             "scaler_state_dict": self.scaler.state_dict() if self.scaler else None,
             "optimizer": type(self.optimizer).__name__,
             "data": self.preprocessing,
@@ -44,11 +53,15 @@ class _Saving(TrainerState):
     def _weights_state(self):
         "The weights that were evaluated and, where they are others, those that are in training"
         model = unwrap(self.model if self._aside is None else self._aside)
-        state = {"model": type(model).__name__, "model_config": getattr(model, "config", None)}
-        if self.averaged is None or self._last_weights is not None:
-            return state | {"model_state_dict": model.state_dict()}
-        averaged = {"model_state_dict": self.averaged.module.state_dict(), "averaged_steps": self.averaged.n_averaged.item()}
-        return state | averaged | {"training_model_state_dict": model.state_dict()}
+        state = {"model": type(model).__name__, "model_config": getattr(model, "config", None), "model_state_dict": model.state_dict()}
+        average = {}
+        if self.averaged is not None:
+            average = {"averaged_model_state_dict": self.averaged.module.state_dict(), "averaged_steps": self.averaged.n_averaged.item()}
+        if self._last_weights.are_aside(self.model):
+            return state | average | {"training_model_state_dict": self._last_weights.weights, "carries_best": True}
+        if average:
+            return state | average | {"model_state_dict": average["averaged_model_state_dict"], "training_model_state_dict": model.state_dict()}
+        return state
 
     def _position_state(self):
         "Where in the run it is, with the sums of the epoch at work"
@@ -75,7 +88,13 @@ class _Writing(_Saving):
         optimizer_state: Mapping | None = None,  # Stored instead of the optimizer's own state
         scheduler_state: Mapping | None = None,  # Stored instead of the scheduler's own state
     ) -> Path:  # The file
-        "Write the whole run to a file that plain `torch.load` reads; raises `CheckpointError` if the disk refuses."
+        """Write the whole run to a file that plain `torch.load` reads.
+
+        Raises `CheckpointError` if the disk refuses, and `RuntimeError` while a training is between two steps.
+        """
+        aside = self._thread not in (None, threading.get_ident()) and self.run.state != "paused"
+        if self.run is not None and not self.run.ended and (aside or not self._at_boundary):
+            raise RuntimeError("The training is in the middle of a step, which no file can hold. Use run.save(), or pause first.")
         given = {"epoch": epoch, "optimizer_state_dict": optimizer_state, "scheduler_state_dict": scheduler_state}
         return save_file(self.state_dict() | {k: v for k, v in given.items() if v is not None}, path)
 
@@ -103,11 +122,11 @@ class _Loading(_Writing):
         optimizer_state = state.get("optimizer_state_dict")
         if optimizer_state is not None:
             self._check_optimizer(state, path)
+            self._check_scheduler(state, path)
         if "early_stopping" in state:
             self._load_early_stopping(state["early_stopping"])
         load_weights(self.model, state.get("training_model_state_dict", state["model_state_dict"]), source=str(path))
-        self._load_average(state)
-        self._last_weights = None
+        self._last_weights, self.averaged = LastWeights(), None
         if optimizer_state is None:
             return _log.info("%s holds weights alone; they were loaded.", path)
         self.optimizer.load_state_dict(optimizer_state)
@@ -116,7 +135,8 @@ class _Loading(_Writing):
                 part.load_state_dict(state[name])
         if "history" in state:
             self._load_position(state)
-            self._load_best(path)
+            self._load_best(state, path)
+            self._load_average(state)
 
     def _check_optimizer(self, state, path):
         "Refuse the state of another kind of optimizer, or of other groups of parameters"
@@ -126,6 +146,14 @@ class _Loading(_Writing):
             raise CheckpointError(f"{path} was trained with {state['optimizer']}, this trainer has {mine}. Make the same optimizer as then.")
         if sizes != theirs:
             raise CheckpointError(f"{path} has parameter groups of {theirs} tensors, this optimizer has {sizes}. Make model and optimizer as then.")
+
+    def _check_scheduler(self, state, path):
+        "Refuse the state of another kind of schedule; one that is only on one side is told"
+        theirs, mine = state.get("scheduler"), _kind_of(self.scheduler)
+        if theirs and mine and theirs != mine:
+            raise CheckpointError(f"{path} was trained with the schedule {theirs}, this trainer has {mine}. Make the same schedule as then, or none.")
+        if "scheduler" in state and (theirs is None) != (mine is None):
+            _log.warning("%s was trained with the schedule %s, this trainer has %s.", path, theirs or "(none)", mine or "(none)")
 
 # %% ../nbs/15_saving.ipynb #f3ecebf7
 class _Restoring(_Loading):
@@ -144,11 +172,10 @@ class _Restoring(_Loading):
         self.changed_settings = dict(state["settings"])
 
     def _load_average(self, state):
-        "The averaged weights, if the file has any beside the raw ones and this trainer averages"
-        self.averaged = None
-        if "training_model_state_dict" in state and self.ema_decay is not None:
+        "The averaged weights, if the file has any and this trainer averages (which a setting in the file may have changed)"
+        if "averaged_model_state_dict" in state and self.ema_decay is not None:
             self.averaged = averaged_model(self.model, self.ema_decay)
-            self.averaged.module.load_state_dict(state["model_state_dict"])
+            self.averaged.module.load_state_dict(state["averaged_model_state_dict"])
             self.averaged.n_averaged.fill_(state["averaged_steps"])
 
     def _load_early_stopping(self, state):
@@ -157,36 +184,39 @@ class _Restoring(_Loading):
         self.early_stopping.load_state_dict(state)
         self.early_stopping.patience, self.early_stopping.min_delta = mine
 
-    def _load_best(self, path):
-        "The best weights lie in their own file beside the last ones"
-        if self.early_stopping.best_epoch is None:
+    def _load_best(self, state, path):
+        "The best weights: in the file itself, or in another one of its folder that was written after the best epoch"
+        best, self.best_weights = self.early_stopping.best_epoch, BestWeights()
+        if best is None:
             return
-        try:
-            self.best_weights.load_state_dict(load_file(path.parent / "best_model.pth")["model_state_dict"])
-        except CheckpointError as error:
-            _log.warning("The best weights of the run are not at hand: %s", error)
+        if state.get("carries_best") or _is_after(state, best):
+            return self.best_weights.load_state_dict(state["model_state_dict"])
+        folder = CheckpointFolder(path.parent)
+        for candidate in (folder.best, folder.numbered("epoch", best), folder.numbered("top", best)):
+            try:
+                found = load_file(candidate)
+            except CheckpointError:
+                continue
+            if _is_after(found, best):
+                return self.best_weights.load_state_dict(found["model_state_dict"])
+        _log.warning("The weights of the best epoch, %d, are not beside %s. The run goes on, and keeps those of the next better epoch.", best, path)
+
+
+def _is_after(state, epoch):
+    "Whether a checkpoint was written at the end of this epoch"
+    return state.get("epoch") == epoch and not state.get("batch") and state.get("train_metrics") is None and not state.get("carries_best")
 
 # %% ../nbs/15_saving.ipynb #035688bb
 class _Weights(_Restoring):
     "Which weights the model carries: the best after a run, the last when it goes on"
 
     def _remember_last(self):
-        "Keep the last weights aside while the model carries the best ones"
-        weights = {name: tensor.detach().clone() for name, tensor in unwrap(self.model).state_dict().items()}
-        self.best_weights.restore(self.model)
-        self._last_weights = weights, self._versions()
+        self._last_weights.keep(self.model, self.best_weights)
 
     def _recall_last(self):
-        "Put the last weights back, if nobody has touched the model since the end of the run"
-        if self._last_weights is not None and self._last_weights[1] == self._versions():
-            unwrap(self.model).load_state_dict(self._last_weights[0])
-        elif self._last_weights is not None:
+        "Put the last weights back; an average of them is worthless where somebody has changed the model meanwhile"
+        if self._last_weights.give_back(self.model):
             self.averaged = None
-        self._last_weights = None
-
-    def _versions(self):
-        "Counts every change in place of any weight"
-        return [p._version for p in self.model.parameters()]
 
 # %% ../nbs/15_saving.ipynb #faea189b
 class _Cadence(_Weights):
@@ -243,12 +273,17 @@ class ResumableState(_Cadence):
             self._save()
 
     def _resume(self, resume):
-        "Continue from `'last'` of the checkpoint folder, or from a file"
+        "Continue from `'last'` of the checkpoint folder, from the newest file of another run's folder, or from a file"
+        if not isinstance(resume, (str, Path)):
+            raise TypeError(f"resume={resume!r}: use 'last', or the path of a checkpoint or of a run's folder.")
         if resume == "last":
             if self.checkpoint_dir is None and self.run_dir is None:
                 raise ValueError("resume='last' needs checkpoint_dir or run_dir, to know which run. Or give the checkpoint's path.")
             self._name_folders()
             state, path = self._folder.load_newest()
+        elif Path(resume).is_dir():
+            inside = Path(resume) / "checkpoints"
+            state, path = CheckpointFolder(inside if inside.is_dir() else resume).load_newest()
         else:
             state, path = load_file(resume), Path(resume)
         self._load(state, path)

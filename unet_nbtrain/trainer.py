@@ -17,12 +17,13 @@ import torch
 
 from .control import Run, interrupt_stops
 from .epoch import shield_workers
+from .files import to_plain
 from .history import History
 from .losses import create_loss_function
 from .optimizers import create_optimizer
 from .passes import Passes, Stopped
 from .schedulers import create_scheduler, step_scheduler
-from .state import check_setting
+from .settings import check_setting
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class _Epochs(Passes):
             self._waited, self._images, self._began, self._speed = 0.0, 0, self.run.elapsed, math.nan
             if self._train_metrics is None:
                 self.observers.notify("on_epoch_start", self)
-                metrics = self.train_epoch()
+                metrics = to_plain(self.train_epoch(), f"the training numbers of epoch {self.current_epoch + 1}")
                 self._require_finite(metrics["loss"])
                 self._speed = self._images / max(self.run.elapsed - self._began, 1e-9)
                 self._train_metrics = metrics
@@ -62,9 +63,10 @@ class _Epochs(Passes):
         seconds = self._epoch_seconds()
         row |= {"seconds": seconds, "images_per_second": self._speed, "data_wait": min(self._waited / max(seconds, 1e-9), 1.0)}
         row["grad_norm"] = self._norms.compute()
+        row = to_plain(row, f"the numbers of epoch {row['epoch']}")
         row["best"] = self.early_stopping.update(self.early_stopping.value_of(row), row["epoch"])
         if self._unit not in (None, "step"):
-            step_scheduler(self.scheduler, self._unit, self._plateau_metric(val))
+            step_scheduler(self.scheduler, self._unit, self._plateau_metric(row["val"]))
         self.history.append(row)
         self.current_epoch += 1
         self._begin_epoch_afresh()
@@ -75,7 +77,6 @@ class _Epochs(Passes):
         self.phase, self.batch, self._start_batch = "idle", 0, 0
         self._train_metrics, self._spent, self._began = None, 0.0, self.run.elapsed
         self._train_meter.reset()
-        self._train_meter.threshold = self.threshold
         self._norms.reset()
 
 # %% ../nbs/17_trainer.ipynb #71138fdf
@@ -125,7 +126,7 @@ class _Life(_Endings):
             run.finish(reason, error)
 
     def _begin(self, run):
-        self._saved_step, self._saved_time = self.global_step, time.monotonic()
+        self._saved_step, self._saved_time, self._thread = self.global_step, time.monotonic(), threading.get_ident()
         self._at_boundary, self._checked, self._was = True, False, None
         for loader in (self.train_loader, self.val_loader):
             shield_workers(loader)
