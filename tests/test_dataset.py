@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from imagetools import save
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,16 +27,6 @@ from unet_nbtrain.splits import split_positions
 
 DATA = Path(__file__).resolve().parents[1] / "../shared/data"
 needs_workers = pytest.mark.skipif(sys.platform == "win32", reason="worker processes are tested on POSIX systems")
-
-
-def save(path, array, **options):
-    "Write an array or a Pillow image as a file"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".npy":
-        np.save(path, array)
-    else:
-        (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(path, **options)
-    return path
 
 
 def cells(folder, count=6, image=".png", mask=".png", suffix="", size=32, scale=255, n_classes=1):

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from imagetools import save
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
@@ -22,16 +23,6 @@ def touch(folder, names):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     return folder
-
-
-def save(path, array, **options):
-    "Write an array or a Pillow image as a file"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".npy":
-        np.save(path, array)
-    else:
-        (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(path, **options)
-    return path
 
 
 def names(pairs, folder):
