@@ -17,8 +17,8 @@ REST = ["tests", *(f"--ignore={name}" for name in NOTEBOOKS + ALONE)]
 
 
 def start(files, output=None):
-    """pytest on these files, with one thread for PyTorch where something else runs beside it."""
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if files != ALONE else {})
+    """pytest on these files; those that run beside others get one thread for PyTorch, and are not asked for browser tests."""
+    environment = os.environ | ({"OMP_NUM_THREADS": "1", "REQUIRE_BROWSER": "0"} if files != ALONE else {})
     return subprocess.Popen([sys.executable, "-m", "pytest", *files], cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 

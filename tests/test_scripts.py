@@ -10,6 +10,7 @@ import nbformat
 import nbrun
 import pytest
 import readme
+import tests as all_tests
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from nbtools import ROOT
 
@@ -168,3 +169,21 @@ def test_no_browser_test_goes_missing_where_one_is_required(tmp_path, kind, requ
     done = subprocess.run([sys.executable, "-m", "pytest"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stdout
     assert told in done.stdout
+
+
+@pytest.mark.parametrize(
+    "browser, broken, good",
+    [("passes", None, True), ("skips", None, False), ("skips_whole", None, False), ("passes", "test_nbs.py", False), ("passes", "test_rest.py", False)],
+)
+def test_the_parts_of_the_suite_make_one_result(tmp_path, monkeypatch, capfd, browser, broken, good):
+    """Each part may fail it, and only the part with the browser is asked for browser tests."""
+    for name in ("test_nbs.py", "test_rest.py"):
+        (tmp_path / name).write_text(f"def test_it(): assert {name != broken}")
+    (tmp_path / "test_browser.py").write_text(BROWSER_TESTS[browser])
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = browser: needs a browser")
+    parts = {"ROOT": tmp_path, "NOTEBOOKS": ["test_nbs.py"], "REST": ["test_rest.py"], "ALONE": ["test_browser.py"]}
+    for name, value in parts.items():
+        monkeypatch.setattr(all_tests, name, value)
+    monkeypatch.setenv("REQUIRE_BROWSER", "1")
+    assert (all_tests.main() == 0) is good, capfd.readouterr().out
