@@ -75,6 +75,8 @@ class _Saving(TrainerState):
             "norms": self._norms.state_dict(),
             "seconds": self._epoch_seconds(),
             "total_epochs": self.total_epochs,
+            "parts_per_batch": self.parts_per_batch,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
         }
 
 # %% ../nbs/15_saving.ipynb #9295f75a
@@ -164,6 +166,7 @@ class _Restoring(_Loading):
         self._start_batch, self._spent, self._train_metrics = state["batch"], state["seconds"], state["train_metrics"]
         self._train_meter.load_state_dict(state["meter"], self.device)
         self._norms.load_state_dict(state.get("norms", {}), self.device)
+        self.parts_per_batch, self.nonfinite_in_a_row = state.get("parts_per_batch", 1), state.get("nonfinite_in_a_row", 0)
         self.history.load_state_dict(state["history"])
         for name, value in state["settings"].items():
             if name not in ("lr", "epochs"):

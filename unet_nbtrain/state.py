@@ -53,6 +53,7 @@ class _Blank:
     gradient_clip_norm, accumulate_gradients, ema_decay, threshold = (LiveSetting() for _ in range(4))
     save_every_n_epochs, save_every_n_steps, save_every_n_minutes = (LiveSetting() for _ in range(3))
     save_top_k, keep_epochs = LiveSetting(), LiveSetting()
+    on_nonfinite, nonfinite_limit, on_bad_sample, on_oom = (LiveSetting() for _ in range(4))
 
     def _begin_at_zero(self):
         self.history, self.run, self.changed_settings = History(), None, {}
@@ -64,6 +65,7 @@ class _Blank:
         self._waited, self._images, self._checked = 0.0, 0, False
         self.averaged = self.val_batch = self._aside = None
         self._norms, self._boundary, self._stepping, self._thread = RunningMean(), None, False, None
+        self.parts_per_batch, self.nonfinite_in_a_row = 1, 0
 
 # %% ../nbs/14_state.ipynb #4ab7bcb6
 class _Setup(_Blank):
@@ -97,6 +99,7 @@ class _Setup(_Blank):
         self.gradient_clip_norm, self.accumulate_gradients, self.ema_decay, self.threshold = None, 1, None, 0.5
         self.save_every_n_epochs = check_setting("save_every_n_epochs", save_every_n_epochs)
         self.save_every_n_steps = self.save_every_n_minutes = self.save_top_k = self.keep_epochs = None
+        self.on_nonfinite, self.nonfinite_limit, self.on_bad_sample, self.on_oom = "skip", 20, "skip", "split"
         self.observers, self._wants_defaults = Observers(observers or ()), observers is None
         self._begin_at_zero()
         if model is not None:
