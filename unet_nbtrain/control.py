@@ -122,6 +122,7 @@ class _Clockwork(_Outside):
     ):
         self.history, self.on_state = history, on_state
         self.state, self.reason, self.exception, self.traceback = "idle", "", None, ""
+        self.ending = False  # Set by the loop when nothing is left to do but the last files and the best weights
         self.pending = False
         self._queue, self._lock = deque(), threading.Condition(threading.RLock())
         self._ended = threading.Event()
@@ -166,7 +167,34 @@ def _change(state, target):
     return f"already {state}" if state == target else ""
 
 # %% ../nbs/10_control.ipynb #08044181
-class Run(_Clockwork):
+class _Obedient(_Clockwork):
+    "What the loop does with the queue"
+
+    def _next(self):
+        with self._lock:
+            while not self._queue and self.state == "paused":
+                self._lock.wait(0.2)
+            if self._queue:
+                return self._queue.popleft()
+            self.pending = False
+        return None
+
+    def _carry_out(self, command, step, actions):
+        target = {"pause": "paused", "resume": "running", "stop": "stopping"}.get(command.name)
+        try:
+            message = actions[command.name](*command.args) or "" if target is None else _change(self.state, target)
+        except ValueError as error:
+            return command.settle(False, step, str(error))
+        except BaseException as error:
+            command.settle(False, step, f"{type(error).__name__}: {error}")
+            raise
+        if target and not message:
+            self._enter(target)
+        command.settle(True, step, message)
+        self._tell()
+
+# %% ../nbs/10_control.ipynb #754d75cc
+class Run(_Obedient):
     """A training run: `pause`, `resume`, `stop`, `save`, `set` and `wait` from outside; `begin`, `obey` and `finish` for the loop.
 
     To read: `state` (one of `STATES`), `reason` (why it ended), `exception`, `traceback`, `history`, `requests`, `elapsed` (seconds).
@@ -203,44 +231,29 @@ class Run(_Clockwork):
         self._tell()
         self._ended.set()
 
-    def _next(self):
-        with self._lock:
-            while not self._queue and self.state == "paused":
-                self._lock.wait(0.2)
-            if self._queue:
-                return self._queue.popleft()
-            self.pending = False
-        return None
-
-    def _carry_out(self, command, step, actions):
-        target = {"pause": "paused", "resume": "running", "stop": "stopping"}.get(command.name)
-        try:
-            message = actions[command.name](*command.args) or "" if target is None else _change(self.state, target)
-        except ValueError as error:
-            return command.settle(False, step, str(error))
-        if target and not message:
-            self._enter(target)
-        command.settle(True, step, message)
-        self._tell()
-
 # %% ../nbs/10_control.ipynb #dbc924cf
 @contextmanager
 def interrupt_stops(
     run: Run,  # The run that an interrupt shall stop
-) -> Iterator[None]:
-    "While this context lasts, the first SIGINT (Ctrl+C, kernel interrupt) stops the run in good order; a second one raises `KeyboardInterrupt`."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+) -> Iterator[list[str]]:  # What interrupts did, `'stop'` for each that stopped the run; grows while the context lasts
+    """While this context lasts, the first SIGINT (Ctrl+C, kernel interrupt) stops the run in good order; a second one raises `KeyboardInterrupt`.
+
+    While the run is ending, which takes as long as its last file, only the third one raises.
+    """
     heard = []
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
 
     def handler(signum, frame):
-        if heard:
+        heard.append("ignored" if run.ending else "stop")
+        if heard == ["stop"]:
+            run.stop()
+        elif not run.ending or heard.count("ignored") > 2:
             raise KeyboardInterrupt
-        heard.append(run.stop())
 
     before = signal.signal(signal.SIGINT, handler)
     try:
-        yield
+        yield heard
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)

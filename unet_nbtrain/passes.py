@@ -8,23 +8,22 @@ __all__ = ['Stopped', 'Passes']
 # %% ../nbs/16_passes.ipynb #fe0d01d0
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .core import length_of, move, seed_step, split_batch, unwrap
-from .epoch import EpochMeter, averaged_model, batch_weight, check_batch, epoch_batches, loss_weights
+from .core import length_of, move, seed_step, split_batch
+from .epoch import EpochMeter, batch_weight, check_batch, epoch_batches, loss_weights
+from .guard import is_out_of_memory
 from .saving import ResumableState
-from .schedulers import step_scheduler
+from .steps import Steps
 
 # %% ../nbs/16_passes.ipynb #1535a3e3
 class Stopped(Exception):
     "Somebody asked the run to stop; raised at a step boundary, so that all counters agree where it unwinds."
 
 
-class _Feeding(ResumableState):
+class _Feeding(ResumableState, Steps):
     "Batches on the device, one at a time, with the control between them"
 
     def _feed(self, loader, phase, epoch, start=0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -54,7 +53,10 @@ class _Feeding(ResumableState):
             return
         if run.pending and not run.obey(self.global_step, {"save": self._save_now, "set": self.set}):
             raise Stopped
-        self._save_if_due()
+        if self._bad_steps.due:
+            self._look_at_bad_steps()
+        if not self.nonfinite_in_a_row:
+            self._save_if_due()
 
     def _autocast(self):
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype else nullcontext()
@@ -65,8 +67,8 @@ def _counted(loss, weight):
     return loss.where(weight > 0, 0) if torch.is_tensor(weight) else loss
 
 
-class _Training(_Feeding):
-    "One pass over the training data"
+class _Forward(_Feeding):
+    "One batch through the model"
 
     def training_step(
         self,
@@ -80,131 +82,137 @@ class _Training(_Feeding):
                 raise TypeError(f"The model gave a {type(logits).__name__}, not logits. Override training_step(images, masks) to return (loss, logits).")
             return self.criterion(logits, masks), logits
 
-    def _weight_of(self, masks):
-        "How much a batch counts"
-        return batch_weight(masks, self.ignore_index, loss_weights(self.criterion))
+    def _forward(self, images, masks, meter):
+        "Loss, weight and logits of one part of a batch, added to a meter"
+        loss, logits = self.training_step(images, masks)
+        weight = batch_weight(masks, self.ignore_index, loss_weights(self.criterion))
+        loss = _counted(loss, weight)
+        meter.update(loss, weight, logits, masks)
+        return loss, weight, logits
 
-    def train_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole epoch
-        "Train on every batch of the epoch once, from where it was left."
-        self.model.train()
-        group, weights = 0, 0.0
-        if self._start_batch == 0:
-            self._train_meter.threshold = self.threshold
-        for images, masks in self._feed(self.train_loader, "train", self.current_epoch, self._start_batch):
-            if group == 0:
-                self._boundary = self._start_batch, self._images, self._train_meter.state_dict()
-            self._at_boundary, size = False, self.accumulate_gradients
-            seed_step(self.device, self.seed, "model", self.current_epoch, self._start_batch)
-            loss, logits = self.training_step(images, masks)
-            weight = self._weight_of(masks)
-            loss = _counted(loss, weight)
-            group, weights = group + 1, weights + weight
-            alone = group == 1 and (size == 1 or self.batch + 1 == self.num_batches)
-            self._backward(loss if alone else loss * weight)
-            self._train_meter.update(loss, weight, logits, masks)
-            self._start_batch, self.batch, self._images = self._start_batch + 1, self.batch + 1, self._images + len(images)
-            if group >= size or self.batch == self.num_batches:
-                self._optimizer_step(None if alone else weights)
-                group, weights = 0, 0.0
-            self.observers.notify("on_batch_end", self, loss.detach())
-        if group:
-            self._optimizer_step(weights)
-        return self._train_meter.compute()
+# %% ../nbs/16_passes.ipynb #1dc2fa34
+class _Fitting(_Forward):
+    "Batches in parts that fit into the memory"
 
-# %% ../nbs/16_passes.ipynb #bcfe2d9c
-_SAMPLES = 4
+    def _parts(self, images, masks):
+        "A batch in as many parts as the memory asks for, usually one"
+        self._batch_images = len(images)
+        if self.parts_per_batch == 1:
+            return ((images, masks),)
+        return zip(images.chunk(self.parts_per_batch), masks.chunk(self.parts_per_batch))
 
+    def _within_memory(self, one_pass):
+        "What a pass over the data returns; where the memory is full, it goes on in smaller parts from the last step boundary"
+        while True:
+            try:
+                return one_pass()
+            except (RuntimeError, MemoryError) as error:
+                if not self._may_split(error):
+                    raise
+            self._split()
 
-class _Validating(_Training):
-    "One pass over the validation data"
+    def _may_split(self, error):
+        return is_out_of_memory(error) and self.on_oom == "split" and not self._stepping and self._batch_images > self.parts_per_batch
 
-    @torch.no_grad()
-    def validate_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole validation set
-        "Evaluate on every validation batch once, without gradients and without touching the randomness of training."
-        self.model.eval()
-        meter = EpochMeter(self.ignore_index, self.threshold)
-        for images, masks in self._feed(self.val_loader, "val", 0):
-            loss, logits = self.training_step(images, masks)
-            weight = self._weight_of(masks)
-            loss = _counted(loss, weight)
-            meter.update(loss, weight, logits, masks)
-            if self.batch == 0:
-                self.val_batch = tuple(o[:_SAMPLES].detach().clone() for o in (images, masks, logits))
-            self.batch += 1
-            self.observers.notify("on_batch_end", self, loss)
-        return meter.compute()
-
-# %% ../nbs/16_passes.ipynb #0bcd9e20
-class _Averaging(_Validating):
-    "A second set of weights that follows the first"
-
-    def _average(self):
-        "One more step into the average, if there shall be one; it begins with the first step for which somebody wants it"
-        if self.ema_decay is None:
-            self.averaged = None
-            return
-        if self.averaged is None:
-            self.averaged = averaged_model(self.model, self.ema_decay)
-        self.averaged.multi_avg_fn = get_ema_multi_avg_fn(self.ema_decay)
-        self.averaged.update_parameters(unwrap(self.model))
-
-    @contextmanager
-    def _evaluated(self):
-        "While this lasts, `model` is the one to be evaluated"
-        if self.averaged is None:
-            yield
-            return
-        self._aside, self.model = self.model, self.averaged.module
-        try:
-            yield
-        finally:
-            self.model, self._aside = self._aside, None
-
-# %% ../nbs/16_passes.ipynb #6bc5811f
-_NORM_EVERY = 16  # Steps; measuring each would cost a pass over the gradients
-
-
-class Passes(_Averaging):
-    "A trainer that can do one pass over its data: all of `UNetTrainer` but epochs, runs and endings."
-
-    def _backward(self, loss):
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
-
-    def _optimizer_step(self, weights):
-        "One step with the gathered gradients; afterwards all counters agree: a boundary"
-        self._stepping = True
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        if weights is not None:
-            torch._foreach_div_(self._gradients(), weights.where(weights > 0, 1) if torch.is_tensor(weights) else weights)
-        self._measure_and_clip()
-        if self.scaler:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._average()
-        if self._unit == "step":
-            step_scheduler(self.scheduler, "step")
-        self.global_step += 1
-        self._at_boundary, self._stepping = True, False
+    def _split(self):
+        "Back to the boundary, and half the size from here on"
+        if not self._at_boundary:
+            self._rewind()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.parts_per_batch *= 2
+        size = -(-self._batch_images // self.parts_per_batch)
+        self._report(
+            f"The memory was full with {self._batch_images} images in batch {self.batch + 1} of epoch {self.current_epoch + 1}. From here on a batch goes "
+            f"through in {self.parts_per_batch} parts of up to {size}: the same gradient, but batch norm sees the smaller parts. "
+            "To avoid that, use a smaller batch_size, crop or image_size; amp='bf16' on a GPU also helps."
+        )
 
     def _rewind(self):
         "After an error within a step: back to the last boundary, so that the images of a group that was not stepped come again"
         self._start_batch, self._images, sums = self._boundary
         self._train_meter.load_state_dict(sums, self.device)
+        self._guard.put_back()
+        self._losses.clear()
+        self.optimizer.zero_grad(set_to_none=True)
         self._at_boundary = True
 
-    def _gradients(self):
-        return [p.grad for p in self._parameters if p.grad is not None]
+# %% ../nbs/16_passes.ipynb #bd2244ef
+class _Training(_Fitting):
+    "One pass over the training data"
 
-    def _measure_and_clip(self):
-        "Clip the gradient if that is asked for; its norm before that goes into the mean of the epoch"
-        if self.gradient_clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self._parameters, self.gradient_clip_norm)
-        elif self._norms.total is None or self.global_step % _NORM_EVERY == 0:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients())))
-        else:
-            return
-        self._norms.update(norm.nan_to_num(0.0, 0.0), norm.isfinite())
+    def train_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole epoch
+        "Train on every batch of the epoch once, from where it was left."
+        self.model.train()
+        if self._start_batch == 0:
+            self._train_meter.threshold = self.threshold
+        self._within_memory(self._train_batches)
+        self._look_at_bad_steps()
+        if self._skipped and not self._train_meter.state_dict():
+            raise FloatingPointError(f"No step of epoch {self.current_epoch + 1} had a finite loss and gradient. The trainer is back at its last checkpoint.")
+        return self._train_meter.compute()
+
+    def _train_batches(self):
+        "All that is left of the epoch"
+        group, weights = 0, 0.0
+        for images, masks in self._feed(self.train_loader, "train", self.current_epoch, self._start_batch):
+            if group == 0:
+                self._boundary = self._start_batch, self._images, self._train_meter.state_dict()
+                self._guard.keep()
+            self._at_boundary, size = False, self.accumulate_gradients
+            alone = group == 0 and self.parts_per_batch == 1 and (size == 1 or self.batch + 1 == self.num_batches)
+            loss, weight = self._learn(images, masks, alone)
+            group, weights = group + 1, weights + weight
+            self._start_batch, self.batch, self._images = self._start_batch + 1, self.batch + 1, self._images + len(images)
+            if group >= size or self.batch == self.num_batches:
+                self._optimizer_step(None if alone else weights)
+                group, weights = 0, 0.0
+            self.observers.notify("on_batch_end", self, loss)
+        if group:
+            self._optimizer_step(weights)
+
+    def _learn(self, images, masks, alone):
+        "The gradient of one batch; returns its mean loss and its weight"
+        losses, weights = [], []
+        for part, (x, y) in enumerate(self._parts(images, masks)):
+            seed_step(self.device, self.seed, "model", self.current_epoch, self._start_batch, *([part] if part else []))
+            loss, weight, _ = self._forward(x, y, self._train_meter)
+            self._backward(loss if alone else loss * weight)
+            losses.append(loss.detach())
+            weights.append(weight)
+        self._losses += losses
+        return _mean(losses, weights)
+
+
+def _mean(losses, weights):
+    "The mean loss of a batch from those of its parts, and the weight of the whole"
+    if len(losses) == 1:
+        return losses[0], weights[0]
+    total = sum(weights)
+    mean = sum(loss * weight for loss, weight in zip(losses, weights)) / total
+    return _counted(mean, total), total
+
+# %% ../nbs/16_passes.ipynb #bcfe2d9c
+_SAMPLES = 4
+
+
+class Passes(_Training):
+    "A trainer that can do one pass over its data: all of `UNetTrainer` but epochs, runs and endings."
+
+    @torch.no_grad()
+    def validate_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole validation set
+        "Evaluate on every validation batch once, without gradients and without touching the randomness of training."
+        self.model.eval()
+        return self._within_memory(self._validate_batches)
+
+    def _validate_batches(self):
+        "The whole validation set"
+        meter = EpochMeter(self.ignore_index, self.threshold)
+        for images, masks in self._feed(self.val_loader, "val", 0):
+            parts = [self._forward(x, y, meter) for x, y in self._parts(images, masks)]
+            if self.batch == 0:
+                self.val_batch = tuple(o[:_SAMPLES].detach().clone() for o in (images, masks, parts[0][2]))
+            self.batch += 1
+            losses, weights, _ = zip(*parts)
+            self.observers.notify("on_batch_end", self, _mean(losses, weights)[0])
+        return meter.compute()

@@ -19,6 +19,7 @@ from .checkpoint import CheckpointError, CheckpointFolder, load_file, load_weigh
 from .core import unwrap
 from .early_stopping import BestWeights, LastWeights
 from .epoch import averaged_model
+from .guard import BadSteps
 from .state import TrainerState
 
 _log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class _Saving(TrainerState):
             "total_epochs": self.total_epochs,
             "parts_per_batch": self.parts_per_batch,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "skipped": self._skipped,
         }
 
 # %% ../nbs/15_saving.ipynb #9295f75a
@@ -166,7 +168,8 @@ class _Restoring(_Loading):
         self._start_batch, self._spent, self._train_metrics = state["batch"], state["seconds"], state["train_metrics"]
         self._train_meter.load_state_dict(state["meter"], self.device)
         self._norms.load_state_dict(state.get("norms", {}), self.device)
-        self.parts_per_batch, self.nonfinite_in_a_row = state.get("parts_per_batch", 1), state.get("nonfinite_in_a_row", 0)
+        self.parts_per_batch, self._skipped = state.get("parts_per_batch", 1), state.get("skipped", 0)
+        self._bad_steps = BadSteps(state.get("nonfinite_in_a_row", 0))
         self.history.load_state_dict(state["history"])
         for name, value in state["settings"].items():
             if name not in ("lr", "epochs"):

@@ -46,26 +46,26 @@ class Rule(NamedTuple):
 
 # %% ../nbs/10_settings.ipynb #743b67e8
 class Choice(NamedTuple):
-    "Which words a live setting may be."
+    "Which of a few values a live setting may have."
 
-    words: tuple[str, ...]  # All that are allowed
+    values: tuple  # All that are allowed, of one type: texts, or `False` and `True`
 
     def __str__(self) -> str:
-        return "one of " + ", ".join(map(repr, self.words))
+        return "one of " + ", ".join(map(repr, self.values))
 
     def allows(
         self,
         value: object,  # Any value
     ) -> bool:  # Whether it may be taken
-        "Whether a value is one of the words, letter by letter."
-        return isinstance(value, str) and value in self.words
+        "Whether a value is one of these, of their type; 1 is not `True`."
+        return isinstance(value, type(self.values[0])) and value in self.values
 
     def plain(
         self,
-        value: str,  # An allowed value
-    ) -> str:  # The same as plain text
-        "The word as it goes into checkpoints and JSON."
-        return str(value)
+        value: str | bool,  # An allowed value
+    ) -> str | bool:  # The same as plain text or bool
+        "The value as it goes into checkpoints and JSON."
+        return type(self.values[0])(value)
 
 # %% ../nbs/10_settings.ipynb #51505280
 SETTINGS = {
@@ -86,6 +86,7 @@ SETTINGS = {
     "nonfinite_limit": Rule(True, 1),
     "on_bad_sample": Choice(("skip", "raise")),
     "on_oom": Choice(("split", "raise")),
+    "deterministic": Choice((False, True)),
 }
 
 # %% ../nbs/10_settings.ipynb #d7d9f093

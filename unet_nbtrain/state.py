@@ -6,6 +6,7 @@
 __all__ = ['new_run_dir', 'default_observers', 'TrainerState']
 
 # %% ../nbs/14_state.ipynb #0f07c64e
+import logging
 import math
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -19,12 +20,15 @@ from .core import dataset_attribute, get_amp_dtype, get_device, length_of, unwra
 from .early_stopping import BestWeights, EarlyStopping, LastWeights
 from .epoch import EpochMeter, RunningMean
 from .events import Observers
+from .guard import BadSteps, FiniteGuard
 from .history import History
 from .loggers import HistoryFiles, ProgressBar, RunLog, TensorBoardLogger
 from .losses import create_loss_function
 from .optimizers import create_optimizer
 from .schedulers import create_scheduler, rescale_schedule, scheduler_unit
 from .settings import SETTINGS, LiveSetting, check_setting
+
+_log = logging.getLogger(__name__)
 
 # %% ../nbs/14_state.ipynb #2ef79d9e
 def new_run_dir(
@@ -53,7 +57,7 @@ class _Blank:
     gradient_clip_norm, accumulate_gradients, ema_decay, threshold = (LiveSetting() for _ in range(4))
     save_every_n_epochs, save_every_n_steps, save_every_n_minutes = (LiveSetting() for _ in range(3))
     save_top_k, keep_epochs = LiveSetting(), LiveSetting()
-    on_nonfinite, nonfinite_limit, on_bad_sample, on_oom = (LiveSetting() for _ in range(4))
+    on_nonfinite, nonfinite_limit, on_bad_sample, on_oom, deterministic = (LiveSetting() for _ in range(5))
 
     def _begin_at_zero(self):
         self.history, self.run, self.changed_settings = History(), None, {}
@@ -65,7 +69,9 @@ class _Blank:
         self._waited, self._images, self._checked = 0.0, 0, False
         self.averaged = self.val_batch = self._aside = None
         self._norms, self._boundary, self._stepping, self._thread = RunningMean(), None, False, None
-        self.parts_per_batch, self.nonfinite_in_a_row = 1, 0
+        self.parts_per_batch, self._skipped = 1, 0
+        self._losses, self._bad_steps, self._batch_images = [], BadSteps(), 0
+        self._rollbacks, self._gone_back = 0, []
 
 # %% ../nbs/14_state.ipynb #4ab7bcb6
 class _Setup(_Blank):
@@ -99,7 +105,7 @@ class _Setup(_Blank):
         self.gradient_clip_norm, self.accumulate_gradients, self.ema_decay, self.threshold = None, 1, None, 0.5
         self.save_every_n_epochs = check_setting("save_every_n_epochs", save_every_n_epochs)
         self.save_every_n_steps = self.save_every_n_minutes = self.save_top_k = self.keep_epochs = None
-        self.on_nonfinite, self.nonfinite_limit, self.on_bad_sample, self.on_oom = "skip", 20, "skip", "split"
+        self.on_nonfinite, self.nonfinite_limit, self.on_bad_sample, self.on_oom, self.deterministic = "skip", 20, "skip", "split", False
         self.observers, self._wants_defaults = Observers(observers or ()), observers is None
         self._begin_at_zero()
         if model is not None:
@@ -150,6 +156,8 @@ class _Ready(_Parts):
         if getattr(self.scheduler, "optimizer", self.optimizer) is not self.optimizer:
             raise ValueError("The schedule was made for another optimizer, whose rates it would change. Make it after the optimizer: create_scheduler(optimizer, …).")
         self._unit = scheduler_unit(self.scheduler) if self.scheduler is not None else None
+        with torch.inference_mode(False):
+            self._guard = FiniteGuard(self.model, self.optimizer)
 
     def _release(self):
         "Let go of what a run held: gradients, memory of the device, and the workers of persistent loaders"
@@ -198,6 +206,11 @@ class _Numbers(_Ready):
         return min(losses, default=math.inf)
 
     @property
+    def nonfinite_in_a_row(self) -> int:
+        "How many steps were skipped, up to the last one, because their numbers were bad; 0 after a good one."
+        return self._bad_steps.in_a_row
+
+    @property
     def progress(self) -> float:
         "Epochs done, with the fraction of the training batches of the one at work."
         batches = length_of(self.train_loader)
@@ -240,6 +253,12 @@ class TrainerState(_Numbers):
         text = f"{name} {before:g} → {value:g}" if isinstance(before, (int, float)) and value is not None else f"{name} {before} → {value}"
         self.history.mark("set", self.progress, self.global_step, text)
         return text
+
+    def _report(self, text):
+        "Something went wrong and the run goes on: into the log, the history, and to the observers"
+        _log.warning("%s", text)
+        self.history.mark("problem", self.progress, self.global_step, text)
+        self.observers.notify("on_problem", self, text)
 
     def _where(self, name):
         "Which object and attribute hold a setting"

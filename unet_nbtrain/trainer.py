@@ -16,14 +16,17 @@ from pathlib import Path
 import torch
 
 from .control import Run, interrupt_stops
+from .core import exact_kernels
 from .epoch import shield_workers
 from .files import to_plain
+from .guard import BadSteps, is_out_of_memory
 from .history import History
 from .losses import create_loss_function
 from .optimizers import create_optimizer
 from .passes import Passes, Stopped
 from .schedulers import create_scheduler, step_scheduler
 from .settings import check_setting
+from .steps import RolledBack
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +34,9 @@ _log = logging.getLogger(__name__)
 _all_ = ["create_loss_function", "create_optimizer", "create_scheduler"]
 
 # %% ../nbs/17_trainer.ipynb #99091a7c
+_MOST_ROLLBACKS = 5  # In one run
+
+
 class _Epochs(Passes):
     "Epochs, one after the other, until there is a reason to end"
 
@@ -39,17 +45,27 @@ class _Epochs(Passes):
         while not self.early_stopping.should_stop:
             if self.current_epoch >= self.total_epochs:
                 return f"all {self.total_epochs} epochs done"
-            self._waited, self._images, self._began, self._speed = 0.0, 0, self.run.elapsed, math.nan
-            if self._train_metrics is None:
-                self.observers.notify("on_epoch_start", self)
-                metrics = to_plain(self.train_epoch(), f"the training numbers of epoch {self.current_epoch + 1}")
-                self._require_finite(metrics["loss"])
-                self._speed = self._images / max(self.run.elapsed - self._began, 1e-9)
-                self._train_metrics = metrics
-            with self._evaluated():
-                val = self.validate_epoch()
-            self._finish_epoch(self._train_metrics, val)
+            cause = ""
+            try:
+                self._run_epoch()
+            except RolledBack as rolled_back:
+                cause = str(rolled_back)
+            if cause:
+                self._go_back(cause)
         return self.early_stopping.reason
+
+    def _run_epoch(self):
+        "One epoch, from where it was left"
+        self._waited, self._images, self._began, self._speed = 0.0, 0, self.run.elapsed, math.nan
+        if self._train_metrics is None:
+            self.observers.notify("on_epoch_start", self)
+            metrics = to_plain(self.train_epoch(), f"the training numbers of epoch {self.current_epoch + 1}")
+            self._require_finite(metrics["loss"])
+            self._speed = self._images / max(self.run.elapsed - self._began, 1e-9)
+            self._train_metrics = metrics
+        with self._evaluated():
+            val = self.validate_epoch()
+        self._finish_epoch(self._train_metrics, val)
 
     def _require_finite(self, loss):
         if not math.isfinite(loss):
@@ -58,40 +74,60 @@ class _Epochs(Passes):
                 "or set trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
             )
 
+    def _go_back(self, cause):
+        "To the newest good checkpoint, and on from there more slowly"
+        self._rollbacks += 1
+        if self._rollbacks > _MOST_ROLLBACKS:
+            raise FloatingPointError(f"{cause} The run has gone back {_MOST_ROLLBACKS} times without getting past this. The trainer is back at its last checkpoint.")
+        rate = self.learning_rate
+        self._roll_back()
+        self._bad_steps = BadSteps()
+        self.set("lr", min(rate, self.learning_rate) / 2)
+        self._report(f"{cause} The run went back to step {self.global_step} and goes on with a learning rate of {self.learning_rate:g}.")
+
+# %% ../nbs/17_trainer.ipynb #e3b85559
+_SUSPECT = 3  # Bad steps in a row; one or two may be a broken image that comes last in every epoch
+
+
+class _EpochEnds(_Epochs):
+    "From the numbers of an epoch to its row, and to the next epoch"
+
     def _finish_epoch(self, train, val):
         row = {"epoch": self.current_epoch + 1, "train": train, "val": val, "lr": self.learning_rate}
         seconds = self._epoch_seconds()
         row |= {"seconds": seconds, "images_per_second": self._speed, "data_wait": min(self._waited / max(seconds, 1e-9), 1.0)}
         row["grad_norm"] = self._norms.compute()
+        row |= self._tell_skipped()
         row = to_plain(row, f"the numbers of epoch {row['epoch']}")
+        self._stepping = True
         row["best"] = self.early_stopping.update(self.early_stopping.value_of(row), row["epoch"])
         if self._unit not in (None, "step"):
             step_scheduler(self.scheduler, self._unit, self._plateau_metric(row["val"]))
         self.history.append(row)
         self.current_epoch += 1
         self._begin_epoch_afresh()
-        self._save_epoch(row["best"])
+        self._stepping = False
+        if self.nonfinite_in_a_row >= _SUSPECT and not row["best"]:
+            self._report(f"Epoch {row['epoch']} was not saved: its last {self.nonfinite_in_a_row} steps had no finite loss, so its weights cannot be trusted.")
+        else:
+            self._save_epoch(row["best"])
         self.observers.notify("on_epoch_end", self, self.history.rows[-1])
 
     def _begin_epoch_afresh(self):
-        self.phase, self.batch, self._start_batch = "idle", 0, 0
+        self.phase, self.batch, self._start_batch, self._skipped = "idle", 0, 0, 0
         self._train_metrics, self._spent, self._began = None, 0.0, self.run.elapsed
         self._train_meter.reset()
         self._norms.reset()
 
 # %% ../nbs/17_trainer.ipynb #71138fdf
-class _Endings(_Epochs):
+class _Endings(_EpochEnds):
     "What is true when a run is over"
 
     def _end(self, reason, error):
-        if isinstance(error, FloatingPointError):
+        if isinstance(error, FloatingPointError) or self._stepping:
             self._roll_back()
-        elif self._at_boundary and (error or self.run.state == "stopping"):
-            self._spent = self._epoch_seconds()
-            self._began = self.run.elapsed
-            self._save()
-        if not self._at_boundary and not self._stepping:
-            self._rewind()
+        else:
+            self._save_where_it_is(error)
         self._release()
         if self.best_weights.available:
             self._remember_last()
@@ -101,6 +137,15 @@ class _Endings(_Epochs):
         self.phase = "idle"
         self.observers.notify("on_run_end", self, reason)
 
+    def _save_where_it_is(self, error):
+        "A run that was stopped, or failed: its last step boundary"
+        if not self._at_boundary:
+            self._rewind()
+        if error or self.run.state == "stopping":
+            self._spent = self._epoch_seconds()
+            self._began = self.run.elapsed
+            self._save()
+
 # %% ../nbs/17_trainer.ipynb #e95735c8
 class _Life(_Endings):
     "Beginning, course and end of one run, in whatever thread"
@@ -108,7 +153,7 @@ class _Life(_Endings):
     def _fit(self, run, aside=False):
         reason, error = "stopped by a command", None
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic):
                 self._begin(run)
                 reason = self._run_epochs()
         except Stopped:
@@ -117,17 +162,19 @@ class _Life(_Endings):
             error, reason = caught, f"{type(caught).__name__}: {caught}"
             run.traceback = "".join(traceback.format_exception(caught))
             _log.error("The run ended in epoch %d: %s", self.current_epoch + 1, reason)
-            if aside:  # Nobody catches it in a thread, and its frames would hold the last batch in memory
+            if aside or is_out_of_memory(caught):  # Its frames would hold the last batch in memory
                 traceback.clear_frames(caught.__traceback__)
-                caught.__traceback__ = None
+                caught.__traceback__ = caught.__context__ = None
         try:
+            run.ending = True
             self._end(reason, error)
         finally:
             run.finish(reason, error)
 
     def _begin(self, run):
         self._saved_step, self._saved_time, self._thread = self.global_step, time.monotonic(), threading.get_ident()
-        self._at_boundary, self._checked, self._was = True, False, None
+        self._at_boundary, self._stepping, self._checked, self._was = True, False, False, None
+        self._bad_steps, self._rollbacks, self._gone_back = BadSteps(self.nonfinite_in_a_row), 0, []
         for loader in (self.train_loader, self.val_loader):
             shield_workers(loader)
         self._folder.sweep()
@@ -138,50 +185,71 @@ class _Life(_Endings):
         run.begin()
 
 # %% ../nbs/17_trainer.ipynb #935a7bf9
-class UNetTrainer(_Life):
-    """Train a segmentation model: `train(num_epochs)` here, or `start(num_epochs)` in the background.
-
-    Live settings: `gradient_clip_norm`, `accumulate_gradients`, `ema_decay`, `threshold`, `save_every_n_epochs`,
-    `save_every_n_steps`, `save_every_n_minutes`, `save_top_k`, `keep_epochs`; also as keywords here.
-    To read: `current_epoch`, `global_step`, `best_val_loss`, `early_stopping`, `history`, `model`, `run`, `observers`.
-    """
-
-    def train(
-        self,
-        num_epochs: int,  # How many (more) epochs; with `resume` the total to reach
-        resume: str | Path | None = None,  # `'last'` of the checkpoint folder, or a checkpoint file
-    ) -> History:  # One row an epoch
-        "Train in this thread. The first Ctrl+C (kernel interrupt) stops in good order and returns; a second one breaks off."
-        run = self._new_run(num_epochs, resume)
-        with interrupt_stops(run):
-            self._fit(run)
-        if run.exception is not None:
-            raise run.exception
-        return self.history
-
-    def start(
-        self,
-        num_epochs: int,  # How many (more) epochs; with `resume` the total to reach
-        resume: str | Path | None = None,  # `'last'` of the checkpoint folder, or a checkpoint file
-    ) -> Run:  # The handle: `pause`, `resume`, `stop`, `save`, `set`, `wait`, `state`
-        "Train in a background thread; the kernel stays free. An exception ends up in `run.exception` and `run.traceback`."
-        run = self._new_run(num_epochs, resume)
-        threading.Thread(target=self._fit, args=(run, True), name="unet-train", daemon=True).start()
-        return run
+class _Beginnings(_Life):
+    "What is true when a run begins"
 
     def _new_run(self, num_epochs, resume):
         if self.model is None or self.train_loader is None or self.val_loader is None:
             raise ValueError("A training needs a model and two loaders: UNetTrainer(model, train_loader, val_loader).")
         if self.run is not None and not self.run.ended:
             raise RuntimeError(f"This trainer is already {self.run.state}. Stop it first: trainer.run.stop().")
-        check_setting("epochs", num_epochs)
+        if num_epochs is not None or resume is None:
+            check_setting("epochs", num_epochs)
         self._adopt_optimizer()
         if resume is not None:
             self._resume(resume)
-        elif self.early_stopping.should_stop:
-            self.early_stopping.counter = 0
-        self.total_epochs = num_epochs + (self.current_epoch if resume is None else 0)
+            self.total_epochs = num_epochs or self.total_epochs
+        else:
+            self.early_stopping.counter *= not self.early_stopping.should_stop
+            self.total_epochs = num_epochs + self.current_epoch
         self._name_folders()
         self.history.class_names = (self.preprocessing or {}).get("class_names") or self.history.class_names
         self.run = Run(history=self.history, on_state=self._on_state)
         return self.run
+
+# %% ../nbs/17_trainer.ipynb #d0e691aa
+class UNetTrainer(_Beginnings):
+    """Train a segmentation model: `train(num_epochs)` here, or `start(num_epochs)` in the background.
+
+    Live settings: `gradient_clip_norm`, `accumulate_gradients`, `ema_decay`, `threshold`, `save_every_n_epochs`,
+    `save_every_n_steps`, `save_every_n_minutes`, `save_top_k`, `keep_epochs`, and what to do in an accident: `on_nonfinite`,
+    `nonfinite_limit`, `on_bad_sample`, `on_oom`; also as keywords here. `deterministic=True`, before a run, buys bit-exactness on CUDA.
+    To read: `current_epoch`, `global_step`, `best_val_loss`, `early_stopping`, `history`, `model`, `run`, `observers`.
+    """
+
+    def train(
+        self,
+        num_epochs: int | None = None,  # How many (more) epochs; with `resume` the total to reach, by default as it was planned
+        resume: str | Path | None = None,  # `'last'` of the checkpoint folder, or a checkpoint file
+        *,
+        on_interrupt: str = "return",  # After Ctrl+C (kernel interrupt): `'return'` the history, or `'raise'` KeyboardInterrupt
+    ) -> History:  # One row an epoch
+        "Train in this thread. The first Ctrl+C stops in good order, with everything saved; a second one breaks off."
+        if on_interrupt not in ("return", "raise"):
+            raise ValueError(f"on_interrupt={on_interrupt!r}: use 'return' or 'raise'.")
+        run = self._new_run(num_epochs, resume)
+        with interrupt_stops(run) as interrupts:
+            self._fit(run)
+        if run.exception is not None:
+            raise run.exception
+        if "stop" in interrupts and on_interrupt == "raise":
+            raise KeyboardInterrupt(f"Stopped after step {self.global_step}; everything is saved.")
+        return self.history
+
+    def resume(
+        self,
+        path: str | Path = "last",  # A checkpoint file, a run's folder, or `'last'` of this trainer's own folder
+        num_epochs: int | None = None,  # The total to reach; by default as it was planned
+    ) -> History:  # One row an epoch, those from before included
+        "Go on with an interrupted run from the very step where its file was written, to its end; raises `CheckpointError` if that cannot be."
+        return self.train(num_epochs, resume=path)
+
+    def start(
+        self,
+        num_epochs: int | None = None,  # How many (more) epochs; with `resume` the total to reach, by default as it was planned
+        resume: str | Path | None = None,  # `'last'` of the checkpoint folder, or a checkpoint file
+    ) -> Run:  # The handle: `pause`, `resume`, `stop`, `save`, `set`, `wait`, `state`
+        "Train in a background thread; the kernel stays free. An exception ends up in `run.exception` and `run.traceback`."
+        run = self._new_run(num_epochs, resume)
+        threading.Thread(target=self._fit, args=(run, True), name="unet-train", daemon=True).start()
+        return run
