@@ -26,6 +26,7 @@ _HOME = {
     "UNetPredictor": "inference",
     "evaluate": "evaluation",
     "UNetTrainer": "trainer",
+    "verify_resume": "verify",
     "TrainerPanel": "panel",
 }
 __all__ = ["__version__", *_HOME]
