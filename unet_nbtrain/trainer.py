@@ -97,6 +97,7 @@ class _Endings(_Epochs):
             self._remember_last()
         if error is None:
             self._save(self._folder.final)
+        self._close_writer()
         self.model.eval()
         self.phase = "idle"
         self.observers.notify("on_run_end", self, reason)
@@ -123,6 +124,7 @@ class _Life(_Endings):
         try:
             self._end(reason, error)
         finally:
+            self._leave_folder()
             run.finish(reason, error)
 
     def _begin(self, run):
@@ -182,6 +184,7 @@ class UNetTrainer(_Life):
             self.early_stopping.counter = 0
         self.total_epochs = num_epochs + (self.current_epoch if resume is None else 0)
         self._name_folders()
+        self._take_folder()
         self.history.class_names = (self.preprocessing or {}).get("class_names") or self.history.class_names
         self.run = Run(history=self.history, on_state=self._on_state)
         return self.run

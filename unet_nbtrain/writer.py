@@ -19,7 +19,7 @@ class HostCopy:
     "Memory for copies of a state, which is used again by the next one of the same shape."
 
     def __init__(self):
-        self._buffers, self._done = {}, {}
+        self._buffers, self._old, self._done = {}, {}, {}
 
     def take(
         self,
@@ -100,6 +100,11 @@ class _Line:
                 self._busy = None
                 self._changed.notify_all()
 
+    @property
+    def is_busy(self) -> bool:  # Also while one only waits
+        "Whether anything is still to be written."
+        return self._waiting is not None or self._busy is not None
+
     def _start(self):
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="unet-writer", daemon=True)
@@ -138,7 +143,7 @@ class Writer(_Line):
     def flush(self) -> None:
         "Wait until everything is on the disk, or has failed."
         with self._changed:
-            self._wait(lambda: self._waiting is None and self._busy is None)
+            self._wait(lambda: not self.is_busy)
 
     def close(self) -> None:
         "`flush`, end the thread, and give the memory back; the writer can be used again."
