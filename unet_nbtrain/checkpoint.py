@@ -105,7 +105,7 @@ def load_file(
     state = _read(path)
     check_tensors(state, size, str(path))
     _check_kind(path, state)
-    if not sealed and state.get("format") == FORMAT:
+    if not sealed and {"format", "version", "history"} & state.keys():
         _log.warning("%s has no seal: another program or an older version wrote it. Only its parts were checked.", path)
     return state
 

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import CheckpointError, CheckpointFolder, load_file, save_file
+from .checkpoint import CheckpointError, save_file
 from .core import unwrap
 from .disk import FolderLock, sweep
-from .restoring import Restoring, describe_parts
+from .restoring import Resuming, describe_parts
 from .state import TrainerState
 from .writer import Writer
 
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/15_saving.ipynb #ceb714a0
-class _Saving(Restoring, TrainerState):
+class _Saving(Resuming, TrainerState):
     "The whole run as one dictionary"
 
     def state_dict(self) -> dict:
@@ -60,6 +60,10 @@ class _Saving(Restoring, TrainerState):
             return state | average | {"model_state_dict": average["averaged_model_state_dict"], "training_model_state_dict": model.state_dict()}
         return state
 
+# %% ../nbs/15_saving.ipynb #4f96e4f3
+class _Positioned(_Saving):
+    "The part of it that says where the run is"
+
     def _position_state(self):
         "Where in the run it is, with the sums of the epoch at work"
         in_training = self._train_metrics is None
@@ -77,7 +81,7 @@ class _Saving(Restoring, TrainerState):
         }
 
 # %% ../nbs/15_saving.ipynb #9295f75a
-class _Writing(_Saving):
+class _Writing(_Positioned):
     "Writing that dictionary, here or into the run's folder"
 
     _writer, _lock, _owed = None, None, frozenset()
@@ -112,6 +116,10 @@ class _Writing(_Saving):
         self._written(also)
         return written
 
+# %% ../nbs/15_saving.ipynb #a66c094a
+class _Aside(_Writing):
+    "Writing beside the training"
+
     def _save_aside(self, also=(), then=None, state=None, path=None):
         "Copy the state and have it written; `then` is done in the writer's thread once it is on the disk"
         folder, self._writer = self._folder, self._writer or Writer()
@@ -129,7 +137,7 @@ class _Writing(_Saving):
             self._not_written(error, names)
 
 # %% ../nbs/15_saving.ipynb #0fd57496
-class _Outcome(_Writing):
+class _Outcome(_Aside):
     "What became of a file that was to be written"
 
     def _collect(self):
@@ -158,6 +166,10 @@ class _Outcome(_Writing):
             training = state.get("training_model_state_dict", state["model_state_dict"])
             state |= {"model_state_dict": self.best_weights.state_dict(), "training_model_state_dict": training, "carries_best": True}
             self._save_aside(owed[1:], state=state, path=owed[0])
+
+# %% ../nbs/15_saving.ipynb #a4efe612
+class _InFolder(_Outcome):
+    "The run's hold on its folder"
 
     def _finish_writing(self):
         "Wait until everything that was handed over is on the disk, and tell what was not"
@@ -191,7 +203,7 @@ class _Outcome(_Writing):
                 lock.release()
 
 # %% ../nbs/15_saving.ipynb #035688bb
-class _Weights(_Outcome):
+class _Weights(_InFolder):
     "Which weights the model carries: the best after a run, the last when it goes on"
 
     def _remember_last(self):
@@ -269,24 +281,6 @@ class ResumableState(_Cadence):
         if by_steps or (minutes and time.monotonic() - self._saved_time > 60 * minutes):
             self._saved_step, self._saved_time = self.global_step, time.monotonic()
             self._save() if by_steps else self._save_aside()
-
-    def _resume(self, resume):
-        "Continue from `'last'` of the checkpoint folder, from the newest file of another run's folder, or from a file"
-        if not isinstance(resume, (str, Path)):
-            raise TypeError(f"resume={resume!r}: use 'last', or the path of a checkpoint or of a run's folder.")
-        if resume == "last":
-            if self.checkpoint_dir is None and self.run_dir is None:
-                raise ValueError("resume='last' needs checkpoint_dir or run_dir, to know which run. Or give the checkpoint's path.")
-            self._name_folders()
-            state, path = self._folder.load_newest()
-        elif Path(resume).is_dir():
-            inside = Path(resume) / "checkpoints"
-            state, path = CheckpointFolder(inside if inside.is_dir() else resume).load_newest()
-        else:
-            state, path = load_file(resume), Path(resume)
-        self._load(state, path)
-        self._origin = path.stem
-        self.history.mark("resumed", self.progress, self.global_step, path.name)
 
     def _roll_back(self):
         "After numbers went bad: everything as in the newest good checkpoint"
