@@ -24,7 +24,7 @@ def atomic_write(
     "Write a file so that readers, a crash or a power cut see the old content or the new, never a part; raises `OSError`."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_ident()}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

@@ -15,33 +15,29 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import CheckpointError, CheckpointFolder, load_file, load_weights, save_file
+from .checkpoint import CheckpointError, save_file
 from .core import unwrap
-from .early_stopping import BestWeights, LastWeights
-from .epoch import averaged_model
-from .guard import BadSteps
+from .disk import FolderLock, sweep
+from .restoring import Resuming, describe_parts
 from .state import TrainerState
+from .writer import Writer
 
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/15_saving.ipynb #ceb714a0
-def _kind_of(scheduler):
-    "The class of a schedule, and of the one inside a warm-up"
-    inner = getattr(scheduler, "inner", None)
-    return None if scheduler is None else type(scheduler).__name__ + (f" of {type(inner).__name__}" if inner is not None else "")
-
-
-class _Saving(TrainerState):
+class _Saving(Resuming, TrainerState):
     "The whole run as one dictionary"
 
     def state_dict(self) -> dict:
         "The whole run: weights, optimizer, schedule, position, sums of the epoch, history, early stopping, settings."
+        parts = describe_parts(self)
         return {**self._weights_state(), **self._position_state()} | {
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.scheduler.state_dict() if self.scheduler is not None else None,
-            "scheduler": _kind_of(self.scheduler),
+            "scheduler": parts["scheduler"],
             "scaler_state_dict": self.scaler.state_dict() if self.scaler else None,
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": parts["optimizer"],
+            "parts": parts,
             "data": self.preprocessing,
             "threshold": self.threshold,
             "early_stopping": self.early_stopping.state_dict(),
@@ -64,6 +60,10 @@ class _Saving(TrainerState):
             return state | average | {"model_state_dict": average["averaged_model_state_dict"], "training_model_state_dict": model.state_dict()}
         return state
 
+# %% ../nbs/15_saving.ipynb #4f96e4f3
+class _Positioned(_Saving):
+    "The part of it that says where the run is"
+
     def _position_state(self):
         "Where in the run it is, with the sums of the epoch at work"
         in_training = self._train_metrics is None
@@ -82,8 +82,10 @@ class _Saving(TrainerState):
         }
 
 # %% ../nbs/15_saving.ipynb #9295f75a
-class _Writing(_Saving):
+class _Writing(_Positioned):
     "Writing that dictionary, here or into the run's folder"
+
+    _writer, _lock, _owed = None, None, frozenset()
 
     def save_checkpoint(
         self,
@@ -94,126 +96,115 @@ class _Writing(_Saving):
     ) -> Path:  # The file
         """Write the whole run to a file that plain `torch.load` reads.
 
-        Raises `CheckpointError` if the disk refuses, and `RuntimeError` while a training is between two steps.
+        Raises `CheckpointError` if the disk refuses or the weights are not finite, and `RuntimeError` while a training is
+        between two steps.
         """
         aside = self._thread not in (None, threading.get_ident()) and self.run.state != "paused"
         if self.run is not None and not self.run.ended and (aside or not self._at_boundary):
             raise RuntimeError("The training is in the middle of a step, which no file can hold. Use run.save(), or pause first.")
+        if self._writer is not None:
+            self._writer.flush()
         given = {"epoch": epoch, "optimizer_state_dict": optimizer_state, "scheduler_state_dict": scheduler_state}
         return save_file(self.state_dict() | {k: v for k, v in given.items() if v is not None}, path)
 
     def _save(self, path=None, also=()):
-        "Write into the run's folder; a disk that refuses is a problem to be told, not the end of the training"
+        "Write into the run's folder and wait for the disk; the path, or `None` if it refused"
+        self._finish_writing()
         try:
-            return self._folder.save(self.state_dict(), path, also)
+            written = self._folder.save(self.state_dict(), path, also)
         except CheckpointError as error:
-            _log.error("%s", error)
-            self.history.mark("problem", self.progress, self.global_step, str(error))
-            self.observers.notify("on_problem", self, f"Checkpoint not written. {error}")
+            return self._not_written(error, also)
+        self._written(also)
+        return written
+
+# %% ../nbs/15_saving.ipynb #a66c094a
+class _Aside(_Writing):
+    "Writing beside the training"
+
+    def _save_aside(self, also=(), then=None, state=None, path=None):
+        "Copy the state and have it written; `then` is done in the writer's thread once it is on the disk"
+        folder, self._writer = self._folder, self._writer or Writer()
+
+        def write(copied):
+            written = folder.save(copied, path, also)
+            if then is not None:
+                then()
+            return written
+
+        names = [*also, *([path] if path else [])]
+        try:
+            self._writer.put(state or self.state_dict(), write, replaceable=not names and then is None, note=names)
+        except CheckpointError as error:
+            self._not_written(error, names)
 
 # %% ../nbs/15_saving.ipynb #0fd57496
-class _Loading(_Writing):
-    "The way back from a file into a trainer"
+class _Outcome(_Aside):
+    "What became of a file that was to be written"
 
-    def load_checkpoint(
-        self,
-        path: str | Path,  # A file from `save_checkpoint`, or one with `model_state_dict` alone
-    ) -> None:
-        "Make this trainer continue where the file was written; raises `CheckpointError` before anything is changed if it does not fit."
-        self._load(load_file(path), Path(path))
+    def _collect(self):
+        "Look at what the writer has done since the last time"
+        for job in self._writer.collect() if self._writer is not None else ():
+            if job.error is None:
+                self._written(job.note)
+            else:
+                self._not_written(job.error, job.note)
 
-    def _load(self, state, path):
-        optimizer_state = state.get("optimizer_state_dict")
-        if optimizer_state is not None:
-            self._check_optimizer(state, path)
-            self._check_scheduler(state, path)
-        if "early_stopping" in state:
-            self._load_early_stopping(state["early_stopping"])
-        load_weights(self.model, state.get("training_model_state_dict", state["model_state_dict"]), source=str(path))
-        self._last_weights, self.averaged = LastWeights(), None
-        if optimizer_state is None:
-            return _log.info("%s holds weights alone; they were loaded.", path)
-        self.optimizer.load_state_dict(optimizer_state)
-        for part, name in ((self.scheduler, "scheduler_state_dict"), (self.scaler, "scaler_state_dict")):
-            if part is not None and state.get(name) is not None:
-                part.load_state_dict(state[name])
-        if "history" in state:
-            self._load_position(state)
-            self._load_best(state, path)
-            self._load_average(state)
+    def _not_written(self, error, names):
+        "A disk that refuses is a problem to be told, not the end of the training"
+        self._owed |= set(names)
+        text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        _log.error("%s", text)
+        self.history.mark("problem", self.progress, self.global_step, text)
+        self.observers.notify("on_problem", self, f"Checkpoint not written. {text}")
 
-    def _check_optimizer(self, state, path):
-        "Refuse the state of another kind of optimizer, or of other groups of parameters"
-        mine, sizes = type(self.optimizer).__name__, [len(g["params"]) for g in self.optimizer.param_groups]
-        theirs = [len(g["params"]) for g in state["optimizer_state_dict"]["param_groups"]]
-        if state.get("optimizer", mine) != mine:
-            raise CheckpointError(f"{path} was trained with {state['optimizer']}, this trainer has {mine}. Make the same optimizer as then.")
-        if sizes != theirs:
-            raise CheckpointError(f"{path} has parameter groups of {theirs} tensors, this optimizer has {sizes}. Make model and optimizer as then.")
+    def _written(self, names):
+        self._owed -= set(names)
+        best = self.early_stopping.best_epoch
+        owed = [name for name in (self._folder.best, self._folder.numbered("top", best or 0)) if name in self._owed]
+        self._owed = frozenset()
+        if owed and self.best_weights.available:
+            state = self.state_dict()
+            training = state.get("training_model_state_dict", state["model_state_dict"])
+            state |= {"model_state_dict": self.best_weights.state_dict(), "training_model_state_dict": training, "carries_best": True}
+            self._save_aside(owed[1:], state=state, path=owed[0])
 
-    def _check_scheduler(self, state, path):
-        "Refuse the state of another kind of schedule; one that is only on one side is told"
-        theirs, mine = state.get("scheduler"), _kind_of(self.scheduler)
-        if theirs and mine and theirs != mine:
-            raise CheckpointError(f"{path} was trained with the schedule {theirs}, this trainer has {mine}. Make the same schedule as then, or none.")
-        if "scheduler" in state and (theirs is None) != (mine is None):
-            _log.warning("%s was trained with the schedule %s, this trainer has %s.", path, theirs or "(none)", mine or "(none)")
+# %% ../nbs/15_saving.ipynb #a4efe612
+class _InFolder(_Outcome):
+    "The run's hold on its folder"
 
-# %% ../nbs/15_saving.ipynb #f3ecebf7
-class _Restoring(_Loading):
-    "Position, averages, early stopping and best weights, as they were"
+    def _finish_writing(self):
+        "Wait until everything that was handed over is on the disk, and tell what was not"
+        if self._writer is not None:
+            self._writer.flush()
+            self._collect()
 
-    def _load_position(self, state):
-        self.current_epoch, self.global_step, self.total_epochs = state["epoch"], state["global_step"], state["total_epochs"]
-        self._start_batch, self._spent, self._train_metrics = state["batch"], state["seconds"], state["train_metrics"]
-        self._train_meter.load_state_dict(state["meter"], self.device)
-        self._norms.load_state_dict(state.get("norms", {}), self.device)
-        self.parts_per_batch, self._skipped = state.get("parts_per_batch", 1), state.get("skipped", 0)
-        self._bad_steps = BadSteps(state.get("nonfinite_in_a_row", 0))
-        self.history.load_state_dict(state["history"])
-        for name, value in state["settings"].items():
-            if name not in ("lr", "epochs"):
-                owner, key = self._where(name)
-                setattr(owner, key, value)
-        self.changed_settings = dict(state["settings"])
+    def _close_writer(self):
+        "`_finish_writing`, also for what that made due; no thread is left"
+        while self._writer is not None and (self._writer.finished or self._writer.is_busy):
+            self._finish_writing()
+        if self._writer is not None:
+            self._writer.close()
 
-    def _load_average(self, state):
-        "The averaged weights, if the file has any and this trainer averages (which a setting in the file may have changed)"
-        if "averaged_model_state_dict" in state and self.ema_decay is not None:
-            self.averaged = averaged_model(self.model, self.ema_decay)
-            self.averaged.module.load_state_dict(state["averaged_model_state_dict"])
-            self.averaged.n_averaged.fill_(state["averaged_steps"])
+    def _take_folder(self):
+        "Keep other runs out of the folder, and clear away what dead ones left there"
+        if self._lock is None:
+            lock = FolderLock(self.checkpoint_dir)
+            if lock.take():
+                self._lock = lock
+        for folder in {self.checkpoint_dir, self.run_dir or self.checkpoint_dir}:
+            sweep(folder, own=self._lock is not None)
 
-    def _load_early_stopping(self, state):
-        "Counter and best as saved; patience and min_delta as this trainer was given them"
-        mine = self.early_stopping.patience, self.early_stopping.min_delta
-        self.early_stopping.load_state_dict(state)
-        self.early_stopping.patience, self.early_stopping.min_delta = mine
-
-    def _load_best(self, state, path):
-        "The best weights: in the file itself, or in another one of its folder that was written after the best epoch"
-        best, self.best_weights = self.early_stopping.best_epoch, BestWeights()
-        if best is None:
-            return
-        if state.get("carries_best") or _is_after(state, best):
-            return self.best_weights.load_state_dict(state["model_state_dict"])
-        folder = CheckpointFolder(path.parent)
-        for candidate in (folder.best, folder.numbered("epoch", best), folder.numbered("top", best)):
-            try:
-                found = load_file(candidate)
-            except CheckpointError:
-                continue
-            if _is_after(found, best):
-                return self.best_weights.load_state_dict(found["model_state_dict"])
-        _log.warning("The weights of the best epoch, %d, are not beside %s. The run goes on, and keeps those of the next better epoch.", best, path)
-
-
-def _is_after(state, epoch):
-    "Whether a checkpoint was written at the end of this epoch"
-    return state.get("epoch") == epoch and not state.get("batch") and state.get("train_metrics") is None and not state.get("carries_best")
+    def _leave_folder(self):
+        "The end of a run: everything on the disk, no thread, and the folder is free"
+        try:
+            self._close_writer()
+        finally:
+            lock, self._lock = self._lock, None
+            if lock is not None:
+                lock.release()
 
 # %% ../nbs/15_saving.ipynb #035688bb
-class _Weights(_Restoring):
+class _Weights(_InFolder):
     "Which weights the model carries: the best after a run, the last when it goes on"
 
     def _remember_last(self):
@@ -228,6 +219,8 @@ class _Weights(_Restoring):
 class _Cadence(_Weights):
     "What is written when"
 
+    _origin = ""
+
     def _save_epoch(self, best):
         folder, epoch, names = self._folder, self.current_epoch, []
         if best:
@@ -237,12 +230,22 @@ class _Cadence(_Weights):
             names.append(folder.numbered("epoch", epoch))
         if self.save_top_k and epoch in self._top_epochs():
             names.append(folder.numbered("top", epoch))
-        if self._save(also=names) is None:
-            return
-        if self.save_top_k:
-            folder.keep("top", self._top_epochs())
-        if self.keep_epochs:
-            folder.keep("epoch", [number for number in folder.numbers("epoch") if number <= epoch][-self.keep_epochs :])
+        self._save_aside(names, self._prune())
+
+    def _prune(self):
+        "What removes the files that are not wanted any more, as things are now; never the one that this run came from"
+        folder, epoch, newest, few = self._folder, self.current_epoch, self.keep_epochs, self._top_epochs() if self.save_top_k else None
+        if few is None and not newest:
+            return None
+        origin = [int(text) for text in self._origin.rsplit("_", 1)[1:] if text.isdecimal()]
+
+        def prune():
+            if few is not None:
+                folder.keep("top", [*few, *origin])
+            if newest:
+                folder.keep("epoch", [*[number for number in folder.numbers("epoch") if number <= epoch][-newest:], *origin])
+
+        return prune
 
     def _top_epochs(self):
         "The best epochs so far, as many as `save_top_k` says, by what early stopping watches"
@@ -271,32 +274,18 @@ class ResumableState(_Cadence):
             self._save()
 
     def _save_if_due(self):
-        "The saves within an epoch that somebody asked for: every so many steps or minutes"
+        "The saves within an epoch that somebody asked for: every so many steps or minutes; and what became of earlier ones"
+        if self._writer is not None and self._writer.finished:
+            self._collect()
         steps, minutes = self.save_every_n_steps, self.save_every_n_minutes
-        due = steps and self.global_step % steps == 0 and self.global_step != self._saved_step
-        if due or (minutes and time.monotonic() - self._saved_time > 60 * minutes):
+        by_steps = steps and self.global_step % steps == 0 and self.global_step != self._saved_step
+        if by_steps or (minutes and time.monotonic() - self._saved_time > 60 * minutes):
             self._saved_step, self._saved_time = self.global_step, time.monotonic()
-            self._save()
-
-    def _resume(self, resume):
-        "Continue from `'last'` of the checkpoint folder, from the newest file of another run's folder, or from a file"
-        if not isinstance(resume, (str, Path)):
-            raise TypeError(f"resume={resume!r}: use 'last', or the path of a checkpoint or of a run's folder.")
-        if resume == "last":
-            if self.checkpoint_dir is None and self.run_dir is None:
-                raise ValueError("resume='last' needs checkpoint_dir or run_dir, to know which run. Or give the checkpoint's path.")
-            self._name_folders()
-            state, path = self._folder.load_newest()
-        elif Path(resume).is_dir():
-            inside = Path(resume) / "checkpoints"
-            state, path = CheckpointFolder(inside if inside.is_dir() else resume).load_newest()
-        else:
-            state, path = load_file(resume), Path(resume)
-        self._load(state, path)
-        self.history.mark("resumed", self.progress, self.global_step, path.name)
+            self._save() if by_steps else self._save_aside()
 
     def _roll_back(self):
         "After numbers went bad: everything as in the newest good checkpoint"
+        self._finish_writing()
         events = self.history.events
         try:
             self._load(*self._folder.load_newest())

@@ -133,6 +133,7 @@ class _Endings(_EpochEnds):
             self._remember_last()
         if error is None:
             self._save(self._folder.final)
+        self._close_writer()
         self.model.eval()
         self.phase = "idle"
         self.observers.notify("on_run_end", self, reason)
@@ -169,6 +170,7 @@ class _Life(_Endings):
             run.ending = True
             self._end(reason, error)
         finally:
+            self._leave_folder()
             run.finish(reason, error)
 
     def _begin(self, run):
@@ -203,6 +205,7 @@ class _Beginnings(_Life):
             self.early_stopping.counter *= not self.early_stopping.should_stop
             self.total_epochs = num_epochs + self.current_epoch
         self._name_folders()
+        self._take_folder()
         self.history.class_names = (self.preprocessing or {}).get("class_names") or self.history.class_names
         self.run = Run(history=self.history, on_state=self._on_state)
         return self.run
