@@ -6,6 +6,7 @@
 __all__ = ['Stopped', 'Passes']
 
 # %% ../nbs/16_passes.ipynb #fe0d01d0
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,37 +16,104 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .core import length_of, move, seed_step, split_batch, unwrap
-from .epoch import EpochMeter, averaged_model, batch_weight, check_batch, epoch_batches, loss_weights
+from .epoch import EpochMeter, averaged_model, batch_weight, check_batch, loss_weights
+from .feeding import Feed
 from .saving import ResumableState
 from .schedulers import step_scheduler
 
 # %% ../nbs/16_passes.ipynb #1535a3e3
+_log = logging.getLogger(__name__)
+
+
 class Stopped(Exception):
     "Somebody asked the run to stop; raised at a step boundary, so that all counters agree where it unwinds."
 
 
-class _Feeding(ResumableState):
+class _Sources(ResumableState):
+    "A feed for each of the two loaders, from the start of a run to its end"
+
+    watchdog_seconds = 30.0  # Without a batch, after which that is told
+    _feeds, _bad_in_validation = {}, 0
+
+    @property
+    def guarantees(self) -> dict:  # `'train'` and `'val'`, each with `level` and `sentence`; empty before the first run
+        "What a resume can promise with these loaders."
+        return {phase: feed.guarantee for phase, feed in self._feeds.items()}
+
+    def _open_feeds(self):
+        self._feeds = {}
+        for phase, loader in (("train", self.train_loader), ("val", self.val_loader)):
+            _log.info("%s data: %s", phase, self._feed_of(phase, loader).guarantee.sentence)
+
+    def _feed_of(self, phase, loader):
+        "The feed of a loader; a new one if the loader was replaced"
+        feed = self._feeds.get(phase)
+        if feed is None or feed.loader is not loader:
+            if feed is not None:
+                feed.close()
+            name = {"train": "training", "val": "validation"}[phase]
+            feed = Feed(loader, self.seed, name=name, tell=self._tell_problem, idle=self._obey_in_a_wait)
+            self._feeds = {**self._feeds, phase: feed}
+        feed.patience = self.watchdog_seconds
+        return feed
+
+    def _tell_problem(self, text, about_data):
+        "To the observers, or to the log if there are none; a mark in the history for what changes the training"
+        if about_data:
+            self.history.mark("problem", self.progress, self.global_step, text)
+        if not len(self.observers):
+            _log.warning("%s", text)
+        self.observers.notify("on_problem", self, text)
+
+    def _release(self):
+        super()._release()
+        for feed in self._feeds.values():
+            feed.close()
+
+# %% ../nbs/16_passes.ipynb #891816fa
+class _Feeding(_Sources):
     "Batches on the device, one at a time, with the control between them"
 
     def _feed(self, loader, phase, epoch, start=0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.phase, self.batch = phase, start
         self.num_batches = length_of(loader)
-        batches = epoch_batches(loader, self.seed, epoch, start)
+        feed = self._feed_of(phase, loader)
+        batches, counted = feed.batches(epoch, start), 0
         try:
             while True:
                 self._obey()
+                feed.on_bad_sample = self.on_bad_sample
                 began = time.perf_counter()
                 batch = next(batches, None)
                 self._waited += time.perf_counter() - began
+                counted = self._count_bad(phase, feed, counted)
                 if batch is None:
                     return
                 images, masks = split_batch(batch)
                 if not self._checked:
                     check_batch(images, masks, self.n_classes, self.ignore_index)
                     self._checked = True
+                if phase == "train":
+                    self._start_batch = self.batch = feed.position
                 yield move(images, masks, self.device, channels_last=self.device.type == "cuda")
         finally:
             batches.close()
+            if self.run is None or self.run.ended:
+                feed.close()
+
+    def _count_bad(self, phase, feed, counted):
+        "Take over how many samples of the pass are lost so far"
+        if phase == "train":
+            self._train_meter.bad_samples += feed.bad_samples - counted
+        else:
+            self._bad_in_validation = feed.bad_samples
+        return feed.bad_samples
+
+    def _obey_in_a_wait(self):
+        if self.run is not None and self.run.pending:
+            if not self._at_boundary and "stop" in self.run.requests:
+                self._rewind()
+            self._obey()
 
     def _obey(self):
         "Between two steps: carry out commands, and save if it is time to"

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from .control import Run, interrupt_stops
-from .epoch import shield_workers
 from .files import to_plain
 from .history import History
 from .losses import create_loss_function
@@ -59,10 +58,12 @@ class _Epochs(Passes):
             )
 
     def _finish_epoch(self, train, val):
+        train = dict(train)
+        bad = train.pop("bad_samples", 0) + self._bad_in_validation
         row = {"epoch": self.current_epoch + 1, "train": train, "val": val, "lr": self.learning_rate}
         seconds = self._epoch_seconds()
         row |= {"seconds": seconds, "images_per_second": self._speed, "data_wait": min(self._waited / max(seconds, 1e-9), 1.0)}
-        row["grad_norm"] = self._norms.compute()
+        row |= {"grad_norm": self._norms.compute()} | ({"bad_samples": bad} if bad else {})
         row = to_plain(row, f"the numbers of epoch {row['epoch']}")
         row["best"] = self.early_stopping.update(self.early_stopping.value_of(row), row["epoch"])
         if self._unit not in (None, "step"):
@@ -128,8 +129,7 @@ class _Life(_Endings):
     def _begin(self, run):
         self._saved_step, self._saved_time, self._thread = self.global_step, time.monotonic(), threading.get_ident()
         self._at_boundary, self._checked, self._was = True, False, None
-        for loader in (self.train_loader, self.val_loader):
-            shield_workers(loader)
+        self._open_feeds()
         self._folder.sweep()
         self._recall_last()
         if self.global_step == 0:
