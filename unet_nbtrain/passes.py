@@ -33,15 +33,10 @@ class _Sources(ResumableState):
     "A feed for each of the two loaders, from the start of a run to its end"
 
     watchdog_seconds = 30.0  # Without a batch, after which that is told
+    guarantees = {}  # What a resume can promise with the loaders `'train'` and `'val'`, each with `level` and `sentence`
     _feeds, _bad_in_validation = {}, 0
 
-    @property
-    def guarantees(self) -> dict:  # `'train'` and `'val'`, each with `level` and `sentence`; empty before the first run
-        "What a resume can promise with these loaders."
-        return {phase: feed.guarantee for phase, feed in self._feeds.items()}
-
     def _open_feeds(self):
-        self._feeds = {}
         for phase, loader in (("train", self.train_loader), ("val", self.val_loader)):
             _log.info("%s data: %s", phase, self._feed_of(phase, loader).guarantee.sentence)
 
@@ -54,6 +49,7 @@ class _Sources(ResumableState):
             name = {"train": "training", "val": "validation"}[phase]
             feed = Feed(loader, self.seed, name=name, tell=self._tell_problem, idle=self._obey_in_a_wait)
             self._feeds = {**self._feeds, phase: feed}
+            self.guarantees = {**self.guarantees, phase: feed.guarantee}
         feed.patience = self.watchdog_seconds
         return feed
 
@@ -69,6 +65,7 @@ class _Sources(ResumableState):
         super()._release()
         for feed in self._feeds.values():
             feed.close()
+        self._feeds = {}
 
 # %% ../nbs/16_passes.ipynb #891816fa
 class _Feeding(_Sources):
@@ -100,6 +97,7 @@ class _Feeding(_Sources):
             batches.close()
             if self.run is None or self.run.ended:
                 feed.close()
+                self._feeds = {}
 
     def _count_bad(self, phase, feed, counted):
         "Take over how many samples of the pass are lost so far"
