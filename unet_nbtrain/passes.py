@@ -63,9 +63,8 @@ class _Sources(ResumableState):
 
     def _release(self):
         super()._release()
-        for feed in self._feeds.values():
-            feed.close()
-        self._feeds = {}
+        while self._feeds:
+            self._feeds.popitem()[1].close()
 
 # %% ../nbs/16_passes.ipynb #891816fa
 class _Feeding(_Sources):
@@ -96,8 +95,7 @@ class _Feeding(_Sources):
         finally:
             batches.close()
             if self.run is None or self.run.ended:
-                feed.close()
-                self._feeds = {}
+                self._feeds.pop(phase).close()
 
     def _count_bad(self, phase, feed, counted):
         "Take over how many samples of the pass are lost so far"
