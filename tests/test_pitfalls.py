@@ -611,9 +611,8 @@ def test_a_resume_repeats_nothing_and_skips_nothing(tmp_path, at):
     assert (state["epoch"], state["batch"], state["global_step"]) == ((at - 1) // 5, (at - 1) % 5 + 1, at)
     resumed = trainer_of(tmp_path, net(dropout=0.5), shuffled(second))
     again = resumed.train(3, resume="last").rows
-    repeated = 2 * ((at - 1) % 5 + 1)  # A foreign loader must be run through to the place; its batches are thrown away
     assert first.seen == whole.seen[: 2 * at] and len(whole.seen) == 30
-    assert second.seen[-(30 - 2 * at) :] == whole.seen[2 * at :] and len(second.seen) == 30 - 2 * at + repeated
+    assert second.seen == whole.seen[2 * at :]
     assert [(row["train"], row["val"]) for row in again] == [(row["train"], row["val"]) for row in rows]
     assert torch.equal(last_weights(tmp_path), last_weights(tmp_path, "whole"))
 

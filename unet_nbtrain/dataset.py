@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .augmentation import AugmentationPipeline
 from .core import derive_seed
 from .crops import RandomCrop, class_places
 from .data_options import as_class_names, as_pipeline, as_plain, as_statistics, check_options, common_channels
@@ -112,6 +113,7 @@ class SegmentationDataset(_KeptPairs):
         self.image_size, self.pad = as_size(image_size, "image_size"), as_size(pad, "pad")
         self.crop = crop if isinstance(crop, RandomCrop) or crop is None else RandomCrop(as_size(crop, "crop"), 0.0, ignore_index)
         self.names = list(names or (o.name if isinstance(o, Path) else str(i) for i, o in enumerate(self.images)))
+        self.seeds_itself = type(self).__getitem__ is SegmentationDataset.__getitem__ and isinstance(augment, AugmentationPipeline | None)
         given = as_statistics(normalize, self.n_channels)
         self._cache = _in_threads(lambda i: _for_cache(self, i), len(self)) if cache else None
         self.mean, self.std = _statistics(self) if given == "dataset" else given

@@ -77,6 +77,16 @@ class ResumableBatchSampler(Sampler):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
         return torch.randperm(self.n, generator=generator).tolist()
 
+    def batches(
+        self,
+        epoch: int,  # Which epoch
+        start: int = 0,  # The first batch wanted
+    ) -> Iterator[list[SampleKey]]:  # The batches from there to the end of the epoch
+        "The batches of any epoch; what the next pass will be does not change."
+        order = self.order(epoch)
+        for batch in range(start, len(self)):
+            yield [SampleKey(i, epoch) for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
     def __len__(self) -> int:
         "Batches in a whole epoch, wherever the next pass begins"
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
@@ -85,9 +95,7 @@ class ResumableBatchSampler(Sampler):
         "The batches of one pass. The epoch is read when the first batch is asked for, not when the iterator is made."
         epoch, start = self.epoch, self.start_batch
         self.set_epoch(epoch + 1)
-        order = self.order(epoch)
-        for batch in range(start, len(self)):
-            yield [SampleKey(i, epoch) for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+        yield from self.batches(epoch, start)
 
 # %% ../nbs/05_sampling.ipynb #a42a70fa
 def start_worker(
@@ -96,7 +104,8 @@ def start_worker(
     "First call in each worker process: ignore keyboard interrupts, and leave if the process that made us is gone."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent and multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid:
+    method = getattr(multiprocessing.current_process(), "_start_method", None) or multiprocessing.get_start_method()
+    if parent and (not parent.is_alive() if method == "forkserver" else os.getppid() != parent.pid):
         os._exit(1)
 
 # %% ../nbs/05_sampling.ipynb #3a3c0975

@@ -66,12 +66,12 @@ class _Blank:
         self._folder = self._train_metrics = None
         self._last_weights = LastWeights()
         self._start_batch, self._spent, self._began, self._at_boundary = 0, 0.0, 0.0, True
-        self._waited, self._images, self._checked = 0.0, 0, False
+        self._waited, self._images, self._checked, self._looked = 0.0, 0, False, False
         self.averaged = self.val_batch = self._aside = None
         self._norms, self._boundary, self._stepping, self._thread = RunningMean(), None, False, None
         self.parts_per_batch, self._skipped = 1, 0
         self._losses, self._bad_steps, self._batch_images = [], BadSteps(), 0
-        self._rollbacks, self._gone_back = 0, []
+        self._rollbacks, self._gone_back, self._poisoned = 0, [], ""
 
 # %% ../nbs/14_state.ipynb #4ab7bcb6
 class _Setup(_Blank):
@@ -254,10 +254,12 @@ class TrainerState(_Numbers):
         self.history.mark("set", self.progress, self.global_step, text)
         return text
 
-    def _report(self, text):
-        "Something went wrong and the run goes on: into the log, the history, and to the observers"
-        _log.warning("%s", text)
-        self.history.mark("problem", self.progress, self.global_step, text)
+    def _report(self, text, mark=True):
+        "Something went wrong and the run goes on: to the observers (to the log, if there are none), and a mark in the history if it changes the training"
+        if mark:
+            self.history.mark("problem", self.progress, self.global_step, text)
+        if not len(self.observers):
+            _log.warning("%s", text)
         self.observers.notify("on_problem", self, text)
 
     def _where(self, name):

@@ -114,7 +114,9 @@ class Steps(_Stepping):
     "A trainer that can turn gradients into new weights: all of it between the backward pass and the step boundary."
 
     def _look_at_bad_steps(self):
-        "Tell which steps were bad, and do what the policy says"
+        "Tell which steps were bad, and do what the policy says; weights that were refused as a checkpoint are the worst of all"
+        if self._poisoned:
+            raise RolledBack(self._poisoned)
         for (step, epoch, first, end), in_a_row in self._bad_steps.collect():
             self._skipped += 1
             text = self._describe_bad_step(step, epoch, first, end)
@@ -139,12 +141,8 @@ class Steps(_Stepping):
         return {"skipped_steps": self._skipped} if self._skipped else {}
 
     def _samples_of(self, epoch, batch):
-        "The names of the images of a training batch, where the loader is one of ours"
-        sampler, dataset = getattr(self.train_loader, "batch_sampler", None), getattr(self.train_loader, "dataset", None)
-        if not hasattr(sampler, "order"):
-            return []
-        indices = sampler.order(epoch)[batch * sampler.batch_size : (batch + 1) * sampler.batch_size]
-        return [getattr(dataset, "name_of", str)(i) for i in indices]
+        "The names of the images of a training batch, where somebody knows them"
+        return []
 
     def _describe_bad_step(self, step, epoch, first, end):
         "Which step it was, and whose images were in it"

@@ -17,13 +17,13 @@ import torch
 
 from .control import Run, interrupt_stops
 from .core import exact_kernels
-from .epoch import shield_workers
 from .files import to_plain
+from .gate import Stopped
 from .guard import BadSteps, is_out_of_memory
 from .history import History
 from .losses import create_loss_function
 from .optimizers import create_optimizer
-from .passes import Passes, Stopped
+from .passes import Passes
 from .schedulers import create_scheduler, step_scheduler
 from .settings import check_setting
 from .steps import RolledBack
@@ -42,17 +42,24 @@ class _Epochs(Passes):
 
     def _run_epochs(self):
         "THE loop; returns why it ended"
-        while not self.early_stopping.should_stop:
-            if self.current_epoch >= self.total_epochs:
-                return f"all {self.total_epochs} epochs done"
-            cause = ""
+        while not (over := self._over()):
+            cause = self._poisoned
             try:
-                self._run_epoch()
+                if not cause:
+                    self._run_epoch()
             except RolledBack as rolled_back:
                 cause = str(rolled_back)
             if cause:
                 self._go_back(cause)
-        return self.early_stopping.reason
+        return over
+
+    def _over(self):
+        "Why there is no epoch more to do, or an empty text; what is to be said of the last one must be known for that"
+        planned = f"all {self.total_epochs} epochs done" if self.current_epoch >= self.total_epochs else ""
+        reason = self.early_stopping.reason or planned
+        if reason:
+            self._finish_writing()
+        return "" if self._poisoned else reason
 
     def _run_epoch(self):
         "One epoch, from where it was left"
@@ -67,6 +74,10 @@ class _Epochs(Passes):
             val = self.validate_epoch()
         self._finish_epoch(self._train_metrics, val)
 
+# %% ../nbs/17_trainer.ipynb #7aad463d
+class _GoingBack(_Epochs):
+    "What becomes of a run whose numbers are bad"
+
     def _require_finite(self, loss):
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -76,12 +87,14 @@ class _Epochs(Passes):
 
     def _go_back(self, cause):
         "To the newest good checkpoint, and on from there more slowly"
+        if self.on_nonfinite == "raise":
+            raise FloatingPointError(f"{cause} The trainer is back at its last checkpoint.")
         self._rollbacks += 1
         if self._rollbacks > _MOST_ROLLBACKS:
             raise FloatingPointError(f"{cause} The run has gone back {_MOST_ROLLBACKS} times without getting past this. The trainer is back at its last checkpoint.")
         rate = self.learning_rate
         self._roll_back()
-        self._bad_steps = BadSteps()
+        self._bad_steps, self._poisoned = BadSteps(), ""
         self.set("lr", min(rate, self.learning_rate) / 2)
         self._report(f"{cause} The run went back to step {self.global_step} and goes on with a learning rate of {self.learning_rate:g}.")
 
@@ -89,15 +102,17 @@ class _Epochs(Passes):
 _SUSPECT = 3  # Bad steps in a row; one or two may be a broken image that comes last in every epoch
 
 
-class _EpochEnds(_Epochs):
+class _EpochEnds(_GoingBack):
     "From the numbers of an epoch to its row, and to the next epoch"
 
     def _finish_epoch(self, train, val):
+        train = dict(train)
+        bad = train.pop("bad_samples", 0) + self._bad_in_validation
         row = {"epoch": self.current_epoch + 1, "train": train, "val": val, "lr": self.learning_rate}
         seconds = self._epoch_seconds()
         row |= {"seconds": seconds, "images_per_second": self._speed, "data_wait": min(self._waited / max(seconds, 1e-9), 1.0)}
         row["grad_norm"] = self._norms.compute()
-        row |= self._tell_skipped()
+        row |= self._tell_skipped() | ({"bad_samples": bad} if bad else {})
         row = to_plain(row, f"the numbers of epoch {row['epoch']}")
         self._stepping = True
         row["best"] = self.early_stopping.update(self.early_stopping.value_of(row), row["epoch"])
@@ -175,10 +190,10 @@ class _Life(_Endings):
 
     def _begin(self, run):
         self._saved_step, self._saved_time, self._thread = self.global_step, time.monotonic(), threading.get_ident()
-        self._at_boundary, self._stepping, self._checked, self._was = True, False, False, None
+        self._at_boundary, self._stepping, self._checked, self._looked, self._was = True, False, False, False, None
         self._bad_steps, self._rollbacks, self._gone_back = BadSteps(self.nonfinite_in_a_row), 0, []
-        for loader in (self.train_loader, self.val_loader):
-            shield_workers(loader)
+        self._poisoned = ""
+        self._open_feeds()
         self._folder.sweep()
         self._recall_last()
         if self.global_step == 0:
