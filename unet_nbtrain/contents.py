@@ -145,7 +145,7 @@ def walk(
         if not isinstance(value, (Mapping, list, tuple, set)):
             yield where, value
         elif depth > _DEPTH:
-            raise CheckpointError(f"{where[:99]}… is nested too deeply for a checkpoint.")
+            raise CheckpointError(f"{where[:500]}… is nested too deeply for a checkpoint.")
         elif id(value) not in seen:
             seen.add(id(value))
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -159,12 +159,12 @@ def check_tensors(
 ) -> None:
     "Refuse tensors that claim more bytes than the file has; raises `CheckpointError` that names one."
     storages = {}
-    for where, value in walk(state):
+    for where, value in walk(state, f"{source}: state"):
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu":
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
             if value.numel() * value.element_size() > max(size, storage.nbytes()) or sum(storages.values()) > size:
-                raise CheckpointError(f"{source} was changed: {where} claims {value.numel():,} elements, more than a file of {size:,} bytes holds.")
+                raise CheckpointError(f"{where} claims {value.numel():,} elements, more than a file of {size:,} bytes holds. It was not taken.")
 
 # %% ../nbs/10_contents.ipynb #5e7c3970
 def _is_count(value):
