@@ -122,9 +122,11 @@ class _Life(_Endings):
                 traceback.clear_frames(caught.__traceback__)
                 caught.__traceback__ = None
         try:
-            self._end(reason, error)
+            try:
+                self._end(reason, error)
+            finally:
+                self._leave_folder()
         finally:
-            self._leave_folder()
             run.finish(reason, error)
 
     def _begin(self, run):
