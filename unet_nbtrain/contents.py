@@ -275,13 +275,14 @@ def find_nonfinite(
         if isinstance(value, torch.Tensor) and value.numel() and (value.is_floating_point() or value.is_complex()):
             tensors.setdefault(value.device, []).append((where, value))
     for pairs in tensors.values():
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm([_wide(value) for _, value in pairs], math.inf)])
-        if not norms.isfinite().all():
-            return next(where for (where, _), good in zip(pairs, norms.isfinite().tolist()) if not good)
+        sums = torch.stack([_wide(value).sum().isfinite() for _, value in pairs]).tolist()
+        for (where, value), good in zip(pairs, sums):
+            if not good and not _wide(value).isfinite().all():
+                return where
     return ""
 
 
 def _wide(value):
-    "A tensor in a type whose norm can be computed: 8-bit floats have none, sparse ones that of their values"
+    "A tensor in a type that can be summed: 8-bit floats have no sum, and sparse ones that of their values"
     value = value.detach() if value.layout == torch.strided else value.detach().coalesce().values()
     return value.float() if value.element_size() == 1 else value
