@@ -83,7 +83,7 @@ def _write(state, file):
 def _bytes_of(state):
     "About how many bytes a state takes as a file"
     storages, rest = {}, 4096
-    for where, value in walk(state):
+    for _, value in walk(state):
         rest += 512 if isinstance(value, torch.Tensor) else len(value) + 16 if isinstance(value, (str, bytes)) else 24
         if isinstance(value, torch.Tensor) and value.layout == torch.strided:
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()

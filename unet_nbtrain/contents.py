@@ -145,7 +145,7 @@ def walk(
         if not isinstance(value, (Mapping, list, tuple, set)):
             yield where, value
         elif depth > _DEPTH:
-            raise CheckpointError(f"{where[:99]}… is nested too deeply for a checkpoint.")
+            raise CheckpointError(f"{where[:500]}… is nested too deeply for a checkpoint.")
         elif id(value) not in seen:
             seen.add(id(value))
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -159,12 +159,12 @@ def check_tensors(
 ) -> None:
     "Refuse tensors that claim more bytes than the file has; raises `CheckpointError` that names one."
     storages = {}
-    for where, value in walk(state):
+    for where, value in walk(state, f"{source}: state"):
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu":
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
             if value.numel() * value.element_size() > max(size, storage.nbytes()) or sum(storages.values()) > size:
-                raise CheckpointError(f"{source} was changed: {where} claims {value.numel():,} elements, more than a file of {size:,} bytes holds.")
+                raise CheckpointError(f"{where} claims {value.numel():,} elements, more than a file of {size:,} bytes holds. It was not taken.")
 
 # %% ../nbs/10_contents.ipynb #5e7c3970
 def _is_count(value):
@@ -275,13 +275,14 @@ def find_nonfinite(
         if isinstance(value, torch.Tensor) and value.numel() and (value.is_floating_point() or value.is_complex()):
             tensors.setdefault(value.device, []).append((where, value))
     for pairs in tensors.values():
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm([_wide(value) for _, value in pairs], math.inf)])
-        if not norms.isfinite().all():
-            return next(where for (where, _), good in zip(pairs, norms.isfinite().tolist()) if not good)
+        sums = torch.stack([_wide(value).sum().isfinite() for _, value in pairs]).tolist()
+        for (where, value), good in zip(pairs, sums):
+            if not good and not _wide(value).isfinite().all():
+                return where
     return ""
 
 
 def _wide(value):
-    "A tensor in a type whose norm can be computed: 8-bit floats have none, sparse ones that of their values"
+    "A tensor in a type that can be summed: 8-bit floats have no sum, and sparse ones that of their values"
     value = value.detach() if value.layout == torch.strided else value.detach().coalesce().values()
     return value.float() if value.element_size() == 1 else value

@@ -237,7 +237,7 @@ class FolderLock:
         self,
         folder: str | os.PathLike,  # Made if it is missing
     ):
-        self.path = Path(folder).absolute() / "run.lock"
+        self.path = Path(os.path.realpath(folder)) / "run.lock"
         self._file = None
 
     def take(self) -> bool:  # Whether there is a lock now; `False` where none can be had

@@ -183,9 +183,11 @@ class _Life(_Endings):
                 caught.__traceback__ = caught.__context__ = None
         try:
             run.ending = True
-            self._end(reason, error)
+            try:
+                self._end(reason, error)
+            finally:
+                self._leave_folder()
         finally:
-            self._leave_folder()
             run.finish(reason, error)
 
     def _begin(self, run):
