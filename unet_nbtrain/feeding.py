@@ -6,6 +6,7 @@
 __all__ = ['Watchdog', 'Feed']
 
 # %% ../nbs/12_feeding.ipynb #e7282f4c
+import itertools
 import logging
 import os
 import shutil
@@ -184,7 +185,7 @@ class _Handle(_Judging):
         sent = self._source.sent if self._source.epoch == epoch else {}
         keys = sent.get(batch)
         if keys is None and self.guarantee.level == "exact":
-            keys = next(self._source.keys(epoch, batch), None)
+            keys = next(itertools.islice(self._source.keys(epoch, 0), batch, None), None)
         return [sample_name(self._source.dataset, key) for key in keys or ()]
 
     def close(self) -> None:

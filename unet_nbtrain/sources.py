@@ -251,11 +251,12 @@ class _Replayed(_Source):
         more = f", and the number of workers stays {loader.num_workers}" if getattr(loader, "num_workers", 0) else ""
         again = "A resume reads the epoch again from its first batch and drops what was done. It is exact if the loader gives the same batches again"
         self.guarantee = Guarantee("replay", f"{again}, with all randomness from torch, numpy or random{more}.")
-        self._listeners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), self.dataset]
-        self._randomness, self.loader = Randomness(*self._listeners), loader
+        self.loader = loader
         if _is_plain(loader):
             parts = dict(batch_size=loader.batch_size, drop_last=loader.drop_last, collate_fn=loader.collate_fn)
             self.loader = _private_copy(loader, seed, dataset=loader.dataset, **parts)
+        self._listeners = [self.loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), self.dataset]
+        self._randomness = Randomness(*self._listeners)
 
     def begin(self, epoch, start):
         self.epoch, self.start, self._done = epoch, start, 0
