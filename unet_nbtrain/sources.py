@@ -47,7 +47,6 @@ _KNOWN = {data.RandomSampler, data.SequentialSampler, data.SubsetRandomSampler, 
 
 
 def _promise(samplers):
-    "The guarantee for batches that are found by index"
     unknown = [type(o).__name__ for o in samplers if type(o) not in _KNOWN and not isinstance(o, ResumableBatchSampler)]
     exact = "A resume goes on exactly, at the next batch, without reading the earlier ones and with any number of workers"
     if unknown:
