@@ -1205,6 +1205,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unet_nbtrain.sources._Source': ('sources.html#_source', 'unet_nbtrain/sources.py'),
                                       'unet_nbtrain.sources._Source._how_workers_ended': ( 'sources.html#_source._how_workers_ended',
                                                                                            'unet_nbtrain/sources.py'),
+                                      'unet_nbtrain.sources._Source._is_of_a_death': ( 'sources.html#_source._is_of_a_death',
+                                                                                       'unet_nbtrain/sources.py'),
                                       'unet_nbtrain.sources._Source.close': ('sources.html#_source.close', 'unet_nbtrain/sources.py'),
                                       'unet_nbtrain.sources._Source.end': ('sources.html#_source.end', 'unet_nbtrain/sources.py'),
                                       'unet_nbtrain.sources._Source.next': ('sources.html#_source.next', 'unet_nbtrain/sources.py'),

@@ -6,6 +6,7 @@
 __all__ = ['Watchdog', 'Feed']
 
 # %% ../nbs/12_feeding.ipynb #e7282f4c
+import itertools
 import logging
 import os
 import shutil
@@ -70,7 +71,7 @@ class _Waiting:
         self._tell, self._idle = tell or (lambda text, about_data: _log.warning("%s", text)), idle or (lambda: None)
         self._workers, self._limit = getattr(loader, "num_workers", 0), getattr(loader, "timeout", 0)
         self._source, self._watchdog, self._fetches, self._late = source_of(loader, seed), None, 0, False
-        self.position, self.bad_samples, self._named, self._good, self._dark = 0, 0, set(), False, []
+        self.position, self.bad_samples, self._named, self._good, self._dark, self._blank = 0, 0, set(), False, [], 0
 
     def _where(self):
         "The batch that is waited for, in words"
@@ -133,10 +134,14 @@ class _Judging(_Fetching):
         if parcel.failure is not None:
             self._tell(f"In {self._where()}: {parcel.failure}", False)
             raise parcel.failure
-        self._good, self._dark = self._good or parcel.kept > 0, [] if parcel.kept else [*self._dark, parcel.lost]
-        if self._dark and sum(map(len, self._dark)) >= 2 and (not self._good or (len(self._dark) >= 3 and sum(map(len, self._dark)) >= 8)):
-            first = self._dark[0][0]
-            raise BadSample(f"None of the last {sum(map(len, self._dark))} samples of the {self.name} data could be read; the first: {first}. Is the disk or network drive there?") from first.error
+        self._good, self._dark = self._good or parcel.kept > 0, [] if parcel.kept else [*self._dark, *parcel.lost]
+        self._blank = 0 if parcel.kept else self._blank + 1
+        at_first = not self._good and self._source.epoch == self._source.start == 0
+        if len(self._dark) >= 2 and (at_first or (self._blank >= 3 and len(self._dark) >= 8)):
+            raise BadSample(
+                f"None of the last {len(self._dark)} samples of the {self.name} data could be read; the first: {self._dark[0]}. "
+                "Is the disk or network drive there?"
+            ) from self._dark[0].error
         return parcel.kept > 0
 
     def _judge(self, lost):
@@ -180,7 +185,7 @@ class _Handle(_Judging):
         sent = self._source.sent if self._source.epoch == epoch else {}
         keys = sent.get(batch)
         if keys is None and self.guarantee.level == "exact":
-            keys = next(self._source.keys(epoch, batch), None)
+            keys = next(itertools.islice(self._source.keys(epoch, 0), batch, None), None)
         return [sample_name(self._source.dataset, key) for key in keys or ()]
 
     def close(self) -> None:

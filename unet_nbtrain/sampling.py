@@ -83,9 +83,8 @@ class ResumableBatchSampler(Sampler):
         start: int = 0,  # The first batch wanted
     ) -> Iterator[list[SampleKey]]:  # The batches from there to the end of the epoch
         "The batches of any epoch; what the next pass will be does not change."
-        order = self.order(epoch)
-        for batch in range(start, len(self)):
-            yield [SampleKey(i, epoch) for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+        order, size = self.order(epoch), self.batch_size
+        yield from ([SampleKey(i, epoch) for i in order[b * size : (b + 1) * size]] for b in range(start, len(self)))
 
     def __len__(self) -> int:
         "Batches in a whole epoch, wherever the next pass begins"

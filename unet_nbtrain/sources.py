@@ -47,7 +47,6 @@ _KNOWN = {data.RandomSampler, data.SequentialSampler, data.SubsetRandomSampler, 
 
 
 def _promise(samplers):
-    "The guarantee for batches that are found by index"
     unknown = [type(o).__name__ for o in samplers if type(o) not in _KNOWN and not isinstance(o, ResumableBatchSampler)]
     exact = "A resume goes on exactly, at the next batch, without reading the earlier ones and with any number of workers"
     if unknown:
@@ -123,10 +122,10 @@ class _Source:
         "The next parcel. Raises `StopIteration` at the end, `Late` where workers keep one waiting, `WorkersDied` where one is gone"
         try:
             return self._take()
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if _LATE.search(str(error)):
                 raise Late from None
-            if _DEAD.search(str(error)):
+            if self._is_of_a_death(error):
                 raise WorkersDied(self._how_workers_ended()) from error
             raise
 
@@ -146,12 +145,16 @@ class _Source:
         self._iterator = None
 
     def close(self):
-        "End everything; the source can be used again"
         self.end()
         _hush(False)
 
+    def _is_of_a_death(self, error):
+        "A worker that dies while it hands over a batch breaks the connection; what a sample raised says where it was caught"
+        connection = isinstance(error, (OSError, EOFError)) and not str(error).startswith("Caught ")
+        return bool(_DEAD.search(str(error))) or connection and hasattr(self._iterator, "_workers")
+
     def _how_workers_ended(self):
-        codes = [worker.exitcode for worker in getattr(self._iterator, "_workers", ()) if worker.exitcode]
+        codes = [worker.exitcode for worker in getattr(self._iterator, "_workers", ()) if worker.join(0.2) or worker.exitcode]
         return ", ".join(f"killed by {signal.Signals(-o).name}" if o < 0 else f"exit code {o}" for o in codes) or "no exit code"
 
 # %% ../nbs/11_sources.ipynb #6d5583d7
@@ -175,7 +178,6 @@ class _Indexed(_Source):
         self.loader = _private_copy(loader, seed, dataset=reader, batch_sampler=self, collate_fn=_as_it_is, persistent_workers=loader.persistent_workers)
 
     def begin(self, epoch, start):
-        "Say what the next pass is"
         self.epoch, self.start, self.sent = epoch, start, {}
 
     def _take(self):
@@ -193,7 +195,6 @@ class _ByIndex(_Indexed):
     "The tickets of a pass"
 
     def __iter__(self):
-        "Epoch, number of the batch, indices"
         for number, keys in enumerate(self.keys(self.epoch, self.start), self.start):
             self.sent[number] = keys
             self.sent.pop(number - _RECENT, None)
@@ -249,14 +250,14 @@ class _Replayed(_Source):
         more = f", and the number of workers stays {loader.num_workers}" if getattr(loader, "num_workers", 0) else ""
         again = "A resume reads the epoch again from its first batch and drops what was done. It is exact if the loader gives the same batches again"
         self.guarantee = Guarantee("replay", f"{again}, with all randomness from torch, numpy or random{more}.")
-        self._listeners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), self.dataset]
-        self._randomness, self.loader = Randomness(*self._listeners), loader
+        self.loader = loader
         if _is_plain(loader):
             parts = dict(batch_size=loader.batch_size, drop_last=loader.drop_last, collate_fn=loader.collate_fn)
             self.loader = _private_copy(loader, seed, dataset=loader.dataset, **parts)
+        self._listeners = [self.loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), self.dataset]
+        self._randomness = Randomness(*self._listeners)
 
     def begin(self, epoch, start):
-        "Say what the next pass is"
         self.epoch, self.start, self._done = epoch, start, 0
 
     def _take(self):
@@ -281,14 +282,13 @@ class _Replayed(_Source):
                 raise _too_short(self._done, self.start, self.epoch) from None
             raise
         except Exception as error:
-            if _LATE.search(str(error)) or _DEAD.search(str(error)) or not LostSample.of("", 0, error).is_datas_fault:
+            if _LATE.search(str(error)) or self._is_of_a_death(error) or not LostSample.of("", 0, error).is_datas_fault:
                 raise
             told = f"The loader raised {type(error).__name__} in batch {self._done + 1} of epoch {self.epoch + 1}: {error}"
             raise BadSample(f"{told}. A loader of this kind cannot leave a sample out.") from error
 
 
 def _is_plain(loader):
-    "Whether a loader is a `DataLoader` that iterates like one"
     return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__ and type(loader)._get_iterator is DataLoader._get_iterator
 
 

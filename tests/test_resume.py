@@ -1,0 +1,180 @@
+"""A run that was interrupted and continued is the run that was not: every bit, from every step, whatever the loader and its workers.
+
+`FULL=1` tries every one of the first 40 steps with every number of workers; otherwise every third, and a few with workers.
+"""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from unet_nbtrain import EarlyStopping, UNetTrainer, create_optimizer, create_scheduler
+from unet_nbtrain.sampling import make_loader
+
+FULL = os.environ.get("FULL") == "1"
+EPOCHS, BATCHES = 4, 12
+STEPS = range(1, 41)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Pictures(Dataset):
+    """As people write it: random flips, noise and brightness from the three global generators, and no thought of resuming."""
+
+    def __init__(self, n=24):
+        random_ = torch.Generator().manual_seed(0)
+        self.images, self.reads = torch.rand(n, 1, 8, 8, generator=random_), 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        image = self.images[index] * np.random.uniform(0.8, 1.2) + 0.05 * torch.rand(1, 8, 8)
+        image = image.flip(-1) if random.random() < 0.5 else image
+        return image.float(), (image > 0.5).float()
+
+
+class Net(nn.Module):
+    """Batch norm and dropout, for which order and randomness matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_classes = 1
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.3), nn.Conv2d(4, 1, 1))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def plain(workers=0, shuffle=True):
+    return DataLoader(Pictures(), batch_size=2, shuffle=shuffle, num_workers=workers)
+
+
+def ours(workers=0):
+    return make_loader(Pictures(), 2, True, 3, workers)
+
+
+class Stop:
+    """Stops a run at an optimizer step; or in the validation, at its first batch after that step"""
+
+    def __init__(self, step, phase="train"):
+        self.step, self.phase = step, phase
+
+    def on_batch_end(self, trainer, loss):
+        if trainer.phase == self.phase and trainer.global_step >= self.step and not trainer.run.pending:
+            trainer.run.stop()
+
+
+def trainer_of(folder, loader, val=None, observers=()):
+    torch.manual_seed(1)
+    model = Net()
+    optimizer = create_optimizer(model, "adamw", lr=1e-2)
+    trainer = UNetTrainer(
+        model, loader, val or plain(shuffle=False), optimizer=optimizer, scheduler=create_scheduler(optimizer, "cosine", T_max=EPOCHS),
+        device="cpu", run_dir=folder, observers=observers, ema_decay=0.9,
+    )  # fmt: skip
+    trainer.early_stopping = EarlyStopping(patience=4)
+    return trainer
+
+
+TIMES = {"seconds", "images_per_second", "data_wait"}
+
+
+def everything(trainer):
+    """All that a run leaves behind, but for times."""
+    state = torch.load(trainer.checkpoint_dir / "last.pth", weights_only=True)
+    rows = [{name: value for name, value in row.items() if name not in TIMES} for row in trainer.history.rows]
+    kept = ("model_state_dict", "training_model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "early_stopping", "global_step", "epoch")
+    return {name: state[name] for name in kept} | {"rows": rows}
+
+
+def bits(value):
+    """Nested values with tensors as bytes, to be compared by `==`; a NaN equals itself then."""
+    if isinstance(value, dict):
+        return {name: bits(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [bits(part) for part in value]
+    return value.numpy().tobytes() if torch.is_tensor(value) else repr(value)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What a run of each loader gives without interruption."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {}
+    for make in (plain, ours):
+        trainer = trainer_of(tmp_path_factory.mktemp("whole"), make())
+        trainer.train(EPOCHS)
+        assert trainer.global_step == EPOCHS * BATCHES
+        found[make] = bits(everything(trainer))
+    torch.set_num_threads(threads)
+    return found
+
+
+def interrupted(folder, make, stops, workers=(0, 0), phase="train"):
+    """A run that is stopped at each of these steps and continued by a new trainer each time."""
+    for place, step in enumerate(stops):
+        trainer = trainer_of(folder, make(workers[min(place, 1)]), observers=[Stop(step, phase)])
+        trainer.train(EPOCHS, resume="last" if place else None)
+        assert trainer.global_step == step
+        np.random.seed(step), random.seed(step)
+    trainer = trainer_of(folder, make(workers[1]))
+    trainer.train(EPOCHS, resume="last")
+    return bits(everything(trainer))
+
+
+@pytest.mark.parametrize("step", STEPS if FULL else STEPS[::3])
+def test_from_every_step_of_an_unmodified_data_set(undisturbed, tmp_path, step):
+    assert interrupted(tmp_path, plain, [step]) == undisturbed[plain]
+
+
+@pytest.mark.parametrize("step", STEPS if FULL else [5, 20])
+def test_from_every_step_of_our_loader(undisturbed, tmp_path, step):
+    assert interrupted(tmp_path, ours, [step]) == undisturbed[ours]
+
+
+@pytest.mark.parametrize("make", [plain, ours])
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0)])
+@pytest.mark.parametrize("step", STEPS if FULL else [11])
+def test_the_number_of_workers_may_change(undisturbed, tmp_path, make, workers, step):
+    assert interrupted(tmp_path, make, [step], workers) == undisturbed[make]
+
+
+def test_ten_times_within_one_epoch(undisturbed, tmp_path):
+    assert interrupted(tmp_path, plain, range(14, 24)) == undisturbed[plain]
+
+
+@pytest.mark.parametrize("step", [12, 36])
+def test_in_the_middle_of_a_validation(undisturbed, tmp_path, step):
+    assert interrupted(tmp_path, plain, [step], phase="val") == undisturbed[plain]
+
+
+def test_another_seed_is_another_run(undisturbed, tmp_path):
+    """The comparison can fail"""
+    trainer = trainer_of(tmp_path, plain())
+    trainer.seed = 1
+    trainer.train(EPOCHS)
+    assert bits(everything(trainer)) != undisturbed[plain]
+
+
+def test_at_batch_100_000_no_earlier_sample_is_read():
+    from unet_nbtrain.feeding import Feed
+
+    class Long(Pictures):
+        def __len__(self):
+            return 200_010
+
+        def __getitem__(self, index):
+            return super().__getitem__(index % 24)
+
+    for loader in (DataLoader(Long(), batch_size=2, shuffle=True), make_loader(Long(), 2, True)):
+        feed = Feed(loader, 0)
+        assert len(list(feed.batches(3, 100_000))) == 5
+        assert loader.dataset.reads == 10
+        feed.close()
