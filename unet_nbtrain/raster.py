@@ -6,8 +6,10 @@
 __all__ = ['reading', 'open_raster', 'page_count', 'is_grey', 'channels_first', 'decode_image', 'decode_values']
 
 # %% ../nbs/04_raster.ipynb #4d36a63f
+import math
 import re
 import struct
+import sys
 import tokenize
 import zipfile
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImagePalette
 
 # %% ../nbs/04_raster.ipynb #1ea0099b
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError, TypeError, tokenize.TokenError, zipfile.BadZipFile)
@@ -36,7 +38,7 @@ def reading(
         raise ValueError(f"{source if is_file else 'an image or mask given as an array'}: {text}{_TIFF_ADVICE if unknown else ''}") from error
 
 # %% ../nbs/04_raster.ipynb #7c2e613c
-_PNG_TAIL = 4096
+_PNG_TAIL, _NPZ_BYTES = 4096, 32  # Bytes looked at; bytes that a pixel of an array may take: four channels of 64 bits
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 _DESCRIPTION, _SAMPLES = 270, 277
 
@@ -49,14 +51,17 @@ def open_raster(
         return source
     if source.suffix.lower() in (".npy", ".npz"):
         return _load_array(source)
+    if not source.stat().st_size:
+        raise ValueError("the file is empty. Copy or export it again.")
     image = Image.open(source)
+    _check_pixels(image.size)
     if image.format == "PNG" and b"IEND" not in _tail(source):
         raise ValueError("the end of the file is missing.")
     if image.format == "TIFF":
         _check_tiff(image)
     elif page_count(image) > 1:
         raise ValueError(f"it has {image.n_frames} pages. Save each page as a file of its own.")
-    return image
+    return _mend_bmp(image, source) if image.format in ("BMP", "DIB") else image
 
 
 def page_count(
@@ -74,7 +79,18 @@ def _load_array(path):
     with loaded:
         if len(loaded.files) != 1:
             raise ValueError(f"it holds {len(loaded.files)} arrays: {', '.join(loaded.files[:5])}. Save a file with one.")
+        _check_pixels((loaded.zip.infolist()[0].file_size // _NPZ_BYTES,))
         return loaded[loaded.files[0]]
+
+
+def _check_pixels(shape):
+    "Raise `ValueError` for more pixels than anybody trains on, before memory is asked for them"
+    pixels, most = math.prod(shape), Image.MAX_IMAGE_PIXELS
+    if most and pixels > most:
+        raise ValueError(
+            f"{pixels:,} pixels, more than the limit of {most:,} that keeps a damaged or harmful file from filling the memory. "
+            "Cut it into tiles; or, if the file is right, set PIL.Image.MAX_IMAGE_PIXELS to a higher number first."
+        )
 
 
 def _tail(path):
@@ -109,14 +125,41 @@ def _kind_of_page(image, page):
     return image.size, image.mode
 
 # %% ../nbs/04_raster.ipynb #31319f19
+_BITS = {12: 24, 40: 28}  # Where a BMP says how many bits a pixel has, by the size of its header
+
+
+def _mend_bmp(image, path):
+    "The image with the palette that Pillow dropped, where that was wrong"
+    with path.open("rb") as file:
+        head = file.read(32)
+    (size,) = struct.unpack_from("<I", head, 14)
+    (bits,) = struct.unpack_from("<H", head, _BITS.get(size, 28))
+    if bits not in (4, 8) or (image.mode, bits) not in (("1", 4), ("1", 8), ("L", 4)):
+        return image
+    greys = (0, 255) if image.mode == "1" else range(16)
+    image._mode, image.palette = "P", ImagePalette.raw("RGB", bytes(grey for grey in greys for _ in range(3)))
+    image.tile = [tile._replace(args=("P;4" if bits == 4 and tile.codec_name == "raw" else "P", *tile.args[1:])) for tile in image.tile]
+    return image
+
+# %% ../nbs/04_raster.ipynb #487ab48e
 def is_grey(
     image: Image.Image,  # Decoded or not
 ) -> bool:
     "Whether a Pillow image is grey, as a palette of greys is."
+    if _raw_mode(image) == "LA;16B":
+        return True
     if image.mode == "P":
         palette = np.array(image.getpalette()).reshape(-1, 3)
         return bool((palette == palette[:, :1]).all())
     return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+
+
+def _raw_mode(image):
+    "How the pixels lie in the file, in Pillow's words; empty once they are decoded, and where the format has no such word"
+    tiles = getattr(image, "tile", ())
+    args = tiles[0].args if tiles else ""
+    raw = args[0] if isinstance(args, tuple) and args else args
+    return raw if isinstance(raw, str) else ""
 
 # %% ../nbs/04_raster.ipynb #c926def2
 _CERTAIN = 4
@@ -139,13 +182,38 @@ def channels_first(
     )
 
 # %% ../nbs/04_raster.ipynb #6a3e5bb9
+_SWAPPED = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
+
+
+def _all_bits(image):
+    "(H, W, C) uint16, upright: colour, or grey with alpha, of 16 bits a channel; `None` for all other images"
+    raw = _raw_mode(image)
+    if raw != "LA;16B" and (image.mode not in ("RGB", "RGBA") or raw[-4:] not in _SWAPPED):
+        return None
+    if raw == "LA;16B":
+        pixels = np.asarray(ImageOps.exif_transpose(_read_as(image, "RGBA"))).astype(np.uint16)
+        return pixels[..., ::2] << 8 | pixels[..., 1::2]
+    with Image.open(image.filename) as again:
+        lower = np.asarray(ImageOps.exif_transpose(_read_as(again, raw[:-4] + _SWAPPED[raw[-4:]])))
+    return np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16) << 8 | lower
+
+
+def _read_as(image, raw):
+    "The image, which will be decoded as if its pixels lay in the file in that way"
+    image.tile = [tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw) for tile in image.tile]
+    return image
+
+# %% ../nbs/04_raster.ipynb #204f48fd
 def decode_image(
     image: Image.Image,  # From `open_raster`; closed afterwards
 ) -> np.ndarray:  # (C, H, W): one channel for grey, three for colour, or the pages
     "The colours of an image, upright and without alpha."
     with image:
         if page_count(image) > 1:
+            _check_pixels((image.n_frames, *image.size))
             return np.stack([np.asarray(_page(image, i)) for i in range(image.n_frames)])
+        if (pixels := _all_bits(image)) is not None:
+            return np.moveaxis(pixels[..., : 1 if pixels.shape[2] == 2 else 3], 2, 0)
         upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I") or upright.mode == "F":
         return np.asarray(upright)[None]
@@ -169,4 +237,7 @@ def decode_values(
             raise ValueError(f"the mask has {image.n_frames} pages. Save each page as a file of its own, with an image for each.")
         if image.mode == "P" and image.format == "GIF" and is_grey(image):
             return np.asarray(image.convert("L"))
-        return np.asarray(ImageOps.exif_transpose(image))
+        if (pixels := _all_bits(image)) is not None:
+            return pixels
+        upright = ImageOps.exif_transpose(image)
+    return np.asarray(upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr") else upright)
