@@ -424,6 +424,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'unet_nbtrain/image_files.py'),
                                           'unet_nbtrain.image_files._without_color': ( 'image_files.html#_without_color',
                                                                                        'unet_nbtrain/image_files.py'),
+                                          'unet_nbtrain.image_files.check_foreground': ( 'image_files.html#check_foreground',
+                                                                                         'unet_nbtrain/image_files.py'),
                                           'unet_nbtrain.image_files.check_values': ( 'image_files.html#check_values',
                                                                                      'unet_nbtrain/image_files.py'),
                                           'unet_nbtrain.image_files.count_values': ( 'image_files.html#count_values',

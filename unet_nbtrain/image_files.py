@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ImageHeader', 'read_header', 'read_pair_header', 'read_image', 'read_labels', 'count_values', 'check_values',
-           'read_mask']
+           'read_mask', 'check_foreground']
 
 # %% ../nbs/05_image_files.ipynb #c41d076f
 from collections.abc import Mapping, Sequence
@@ -192,7 +192,7 @@ def count_values(
 
 # %% ../nbs/05_image_files.ipynb #2475050c
 _SMEARED = 16
-_JPEG = " So many values are a sign of JPEG, which smears a mask: save masks as PNG."
+_JPEG = " So many values are a sign of JPEG, which smears a mask: save masks as PNG; black and white ones are read with foreground=range(128, 256)."
 _INDICES_IN_JPEG = (
     "a JPEG cannot hold class indices: between the classes 0 and 2 it smears a seam of 1. Draw or export the masks again as PNG; "
     "if they are black and white, n_classes=1 with foreground=range(128, 256) reads them."
@@ -204,12 +204,13 @@ def check_values(
     n_classes: int,  # 1: foreground against background; more: class indices
     foreground: int | Sequence[int] | None = None,  # For one class: the value(s) to find; `None`: what is not 0
     ignore_index: int | None = None,  # Value of pixels that count nowhere
+    jpeg: bool = False,  # Whether they come from a JPEG
 ) -> None:
     "Raise `ValueError`, with the values found and what to do, where they do not fit the task."
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)) or not _INT32.min <= ignore_index <= _INT32.max):
         raise ValueError(f"ignore_index={ignore_index!r} cannot be the value of a pixel. Use a whole number of at most 32 bits, or None.")
     pixels, values = sum(values.values()), {v: n for v, n in values.items() if v != ignore_index}
-    smeared = _JPEG if len(values) > _SMEARED else ""
+    smeared = _JPEG if jpeg or len(values) > _SMEARED else ""
     if n_classes > 1:
         _check_classes(values, pixels, n_classes, foreground, ignore_index, smeared)
         return
@@ -253,10 +254,10 @@ def read_mask(
     "Read one mask; raises `ValueError` with the file's name, the values found and what to do, where they do not fit the task."
     labels = read_labels(source, colors)
     with reading(source):
-        values = count_values(labels)
-        if n_classes > 2 and colors is None and isinstance(source, Path) and source.suffix.lower() in JPEG_EXTENSIONS:
+        values, jpeg = count_values(labels), isinstance(source, Path) and source.suffix.lower() in JPEG_EXTENSIONS
+        if jpeg and n_classes > 2 and colors is None:
             raise ValueError(f"{_INDICES_IN_JPEG} Values found: {_histogram(values, labels.size)}.")
-        check_values(values, n_classes, foreground, ignore_index)
+        check_values(values, n_classes, foreground, ignore_index, jpeg)
     if ignore_index is not None and not 0 <= ignore_index <= 255:
         labels = labels.astype(np.int32)
     if n_classes > 1:
@@ -264,3 +265,18 @@ def read_mask(
     wanted = np.atleast_1d(foreground if foreground is not None else [v for v in values if v not in (0, ignore_index)])
     found = np.isin(labels, np.array(list(wanted), np.int64)).astype(labels.dtype)
     return found if ignore_index is None else np.where(labels == ignore_index, labels, found)
+
+# %% ../nbs/05_image_files.ipynb #b8d716cf
+def check_foreground(
+    masks: Sequence[Path | np.ndarray],  # All masks of a set
+    foreground: int | Sequence[int],  # The value(s) to find
+    colors: Sequence | Mapping | None = None,  # For painted masks, as for `read_labels`
+) -> None:
+    "Raise `ValueError`, with the values found, where no mask has a pixel of the foreground."
+    wanted, found = np.atleast_1d(foreground), {}
+    for mask in masks:
+        values = count_values(read_labels(mask, colors))
+        if np.isin(list(values), wanted).any():
+            return
+        found = {v: found.get(v, 0) + values.get(v, 0) for v in found | values}
+    raise ValueError(f"foreground={foreground!r}: none of the {len(masks)} masks has it. They hold {_histogram(found, sum(found.values()))}. Pass the value to find.")

@@ -35,6 +35,8 @@ def reading(
         is_file = isinstance(source, Path)
         unknown = is_file and source.suffix.lower() in (".tif", ".tiff") and re.search("cannot identify|raw mode|more samples", str(error), re.IGNORECASE)
         text = "it is not an image, or damaged at its beginning." if str(error).startswith("cannot identify image file") else str(error)
+        if re.search("truncated|broken data stream|end of file", text, re.IGNORECASE):
+            text = f"the file is damaged, or its end is missing ({text}). Copy or export it again."
         raise ValueError(f"{source if is_file else 'an image or mask given as an array'}: {text}{_TIFF_ADVICE if unknown else ''}") from error
 
 # %% ../nbs/04_raster.ipynb #7c2e613c
