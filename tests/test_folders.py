@@ -1,6 +1,8 @@
 """Folders as they are found in the wild: each is paired and read right, or refused with words that name the files."""
 
+import inspect
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -10,10 +12,13 @@ from imagetools import save
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from unet_nbtrain.augmentation import get_augmentation_pipeline
 from unet_nbtrain.dataset import SegmentationDataset, create_dataloaders
-from unet_nbtrain.image_files import read_header, read_image, read_labels, read_mask
+from unet_nbtrain.file_names import relative_names
+from unet_nbtrain.image_files import check_foreground, read_header, read_image, read_labels, read_mask, read_pair_header
 from unet_nbtrain.mask_report import describe_masks
 from unet_nbtrain.pairing import pair_files
+from unet_nbtrain.splits import split_positions
 
 
 def touch(folder, names):
@@ -461,6 +466,163 @@ def test_samples_that_cannot_be_right():
     ]:
         with pytest.raises(ValueError, match=told):
             describe_masks([(image, mask)], **options)
+
+
+# Files that Pillow reads wrong, or only with a half of their bits
+
+
+def deep_png(path, pixels):
+    "A PNG with 16 bits for each of the channels of (H, W, C)"
+    kind = {2: 4, 3: 2, 4: 6}[pixels.shape[2]]
+    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, kind, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels))
+    chunks = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in ((b"IHDR", head), (b"IDAT", body), (b"IEND", b""))]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    return path
+
+
+def deep_tiff(path, pixels, order):
+    "An RGB TIFF with 16 bits a channel, without compression, in either order of bytes"
+    height, width, _ = pixels.shape
+    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 200), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 206), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, pixels.size * 2)]
+    body = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(entries))
+    for tag, kind, count, value in entries:
+        body += struct.pack(order + "HHI", tag, kind, count) + (struct.pack(order + "HH", value, 0) if kind == 3 and count == 1 else struct.pack(order + "I", value))
+    path.write_bytes(body.ljust(200, b"\0") + struct.pack(order + "HHH", 16, 16, 16) + pixels.astype(order + "u2").tobytes())
+    return path
+
+
+def test_all_bits_of_16_bit_color(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65536, (9, 12, 4)).astype(np.uint16)
+    files = {deep_png(tmp_path / f"{n}.png", deep[..., :n]): 1 if n == 2 else 3 for n in (2, 3, 4)}
+    files |= {deep_tiff(tmp_path / f"{name}.tif", deep[..., :3], order): 3 for name, order in (("little", "<"), ("big", ">"))}
+    for path, channels in files.items():
+        image = read_image(path)
+        assert image.dtype == np.uint16 and np.array_equal(image, np.moveaxis(deep[..., :channels], 2, 0)), path.name
+        assert tuple(read_header(path)) == (9, 12, channels), path.name
+
+
+def test_class_indices_in_16_bit_color_are_not_zeros(tmp_path):
+    labels = LABELS.astype(np.uint16)
+    for n in (2, 3, 4):
+        planes = [labels] * (n - 1) + [labels if n == 3 else labels * 0 + 65535]
+        assert np.array_equal(read_labels(deep_png(tmp_path / f"{n}.png", np.dstack(planes))), LABELS)
+    assert np.array_equal(read_labels(deep_tiff(tmp_path / "m.tif", np.dstack([labels] * 3), "<")), LABELS)
+
+
+@pytest.mark.parametrize("colors", [[0, 0, 0, 255, 255, 255], [0, 0, 0, 200, 10, 10]], ids=["black and white", "red"])
+def test_a_bmp_of_8_bits_with_two_colors(tmp_path, colors):
+    mask = Image.fromarray((LABELS > 1).astype(np.uint8)).convert("P")
+    mask.putpalette(colors)
+    path = save(tmp_path / "two.bmp", mask)
+    assert np.array_equal(read_labels(path), LABELS > 1)
+    assert np.array_equal(read_image(path)[0], (LABELS > 1) * colors[3]) and read_header(path)[:2] == LABELS.shape
+
+
+def test_masks_in_inks(tmp_path):
+    black = np.dstack([LABELS * 0] * 3 + [np.where(LABELS > 1, 0, 255).astype(np.uint8)])
+    path = save(tmp_path / "inks.tif", Image.fromarray(black, "CMYK"))
+    assert np.array_equal(read_labels(path), np.where(LABELS > 1, 255, 0)) and np.array_equal(read_mask(path), LABELS > 1)
+
+
+def test_a_small_file_does_not_fill_the_memory(tmp_path, monkeypatch):
+    save(tmp_path / "bomb.png", np.zeros((50, 50), bool))
+    np.savez_compressed(tmp_path / "bomb.npz", np.zeros((300, 300)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2400)
+    for name in ("bomb.png", "bomb.npz"):
+        with pytest.raises(ValueError, match=rf"{name}: [\d,]+ pixels, more than the limit of 2,400"), pytest.warns() if name == "bomb.png" else monkeypatch.context():
+            read_image(tmp_path / name)
+
+
+# Pictures that are stored turned
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("tag", [1, 3, 6])
+def test_orientation_of_a_pair(tmp_path, kind, tag):
+    "Both with the tag are turned alike; a mask without it fits where the sizes prove it, and is refused where they do not"
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    image = save(tmp_path / f"image.{kind}", COLOR, exif=exif)
+    upright = read_labels(save(tmp_path / "mask.png", LABELS, exif=exif))
+    assert read_pair_header(image, tmp_path / "mask.png")[:2] == read_image(image).shape[1:] == upright.shape
+    assert np.array_equal(upright, {1: LABELS, 3: LABELS[::-1, ::-1], 6: np.rot90(LABELS, -1)}[tag])
+    shown, stored = save(tmp_path / "shown.png", upright), save(tmp_path / "stored.png", LABELS)
+    if tag == 3:
+        with pytest.raises(ValueError, match=rf"image\.{kind} and shown\.png have different orientation tags \(EXIF\), 3 and 1"):
+            read_pair_header(image, shown)
+        return
+    assert read_pair_header(image, shown)[:2] == upright.shape
+    if tag == 6:
+        with pytest.raises(ValueError, match=rf"image\.{kind} and stored\.png: .* 32 x 40 .* 40 x 32 .*orientation tag"):
+            read_pair_header(image, stored)
+
+
+# Names
+
+
+def test_one_letter_in_two_forms(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Küvette") for form in ("NFC", "NFD"))
+    images = touch(tmp_path / "i", f"{decomposed}1.png {composed}2.png")
+    masks = touch(tmp_path / "m", f"{composed}1_mask.png {decomposed}2_mask.png")
+    pairs = pair_files(images, masks)
+    assert [i.stem[-1] + m.stem[-6] for i, m in pairs] == ["11", "22"]
+    assert split_positions(relative_names([i for i, _ in pairs]), [f"{composed}1.png"])[1] == [0]
+    assert split_positions([f"{composed}1.png", "x.png"], [f"{decomposed}1"])[1] == [0]
+
+
+def test_equal_names_in_folders_are_different_images(tmp_path):
+    folder = touch(tmp_path, "pA/1.png pA/2.png pB/1.png pB/2.png pC/3.png")
+    files = relative_names(sorted(folder.rglob("*.png")))
+    assert files == ["pA/1.png", "pA/2.png", "pB/1.png", "pB/2.png", "pC/3.png"]
+    assert split_positions(files, ["pB/1", "3.png"])[1] == [2, 4]
+    with pytest.raises(ValueError, match=r"'1', which 2 images are called: pA/1\.png, pB/1\.png"):
+        split_positions(files, ["1"])
+    assert {len(split_positions(files, 0.2, seed)[1]) for seed in range(10)} == {1}
+    assert split_positions(files, 0.4, 1, r"^(p\w)/")[1] in ([0, 1], [2, 3])
+
+
+# Masks without what is looked for, and masks in JPEG
+
+
+def test_a_foreground_that_no_mask_has(tmp_path):
+    masks = [save(tmp_path / f"{i}.png", (LABELS == i).astype(np.uint8) * 255) for i in range(3, 6)]
+    check_foreground(masks, 255)
+    with pytest.raises(ValueError, match=r"foreground=1: none of the 3 masks has it\. They hold 0 \(91\.7%\), 255 \(8\.3%\)"):
+        check_foreground(masks, 1)
+
+
+def test_class_indices_in_a_jpeg(tmp_path):
+    path = save(tmp_path / "m" / "0.jpg", LABELS)
+    with pytest.raises(ValueError, match=r"0\.jpg: a JPEG cannot hold class indices.*Values found: "):
+        read_mask(path, 4)
+    few = save(tmp_path / "few.jpg", np.where(np.arange(64) < 32, 0, 255).astype(np.uint8)[None].repeat(64, 0) - np.eye(64, dtype=np.uint8), quality=95)
+    with pytest.raises(ValueError, match=r"few\.jpg: \d+ values.*JPEG.*range\(128, 256\)"):
+        read_mask(few)
+    save(tmp_path / "i" / "0.png", COLOR)
+    assert any("1 masks are JPEG, which smears their edges: 0.jpg" in o for o in describe_masks(tmp_path / "i", tmp_path / "m")["warnings"])
+
+
+# Arguments of a wrong type
+
+WRONG = [3.5, -1, [], [1.5], {}, object(), np.array([1, 2]), (1, 2, 3), b"x", float("nan"), lambda: 0]
+NOT_TYPES = {"masks", "images", "images_or_loader", "groups", "augment"}
+
+
+@pytest.mark.parametrize("call", [create_dataloaders, describe_masks, get_augmentation_pipeline], ids=lambda o: o.__name__)
+def test_an_argument_of_a_wrong_type_is_named(tmp_path, call):
+    folders = write_set(tmp_path, [LABELS == 1, LABELS == 2, LABELS == 3], suffix="")
+    given = {"images": folders[0], "masks": folders[1], "num_workers": 0} if call is create_dataloaders else {}
+    given = {"images_or_loader": folders[0], "masks": folders[1]} if call is describe_masks else given
+    refused = 0
+    for name in inspect.signature(call).parameters.keys() - NOT_TYPES:
+        for value in WRONG:
+            try:
+                call(**given | {name: value})
+            except (ValueError, TypeError) as error:
+                assert name in str(error), f"{name}={value!r}: {error}"
+                refused += 1
+    assert refused > {create_dataloaders: 100, describe_masks: 50, get_augmentation_pipeline: 30}[call]
 
 
 # From the folder to the batch

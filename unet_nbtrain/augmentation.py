@@ -153,8 +153,11 @@ def get_augmentation_pipeline(
     upright: bool = False,  # Whether up and down mean something (street scenes): no turns, small rotations
     ignore_index: int | None = None,  # Label for mask pixels from outside the image; `None`: reflect
 ) -> AugmentationPipeline:  # Called as `pipeline(image, mask, seed)`
-    "A pipeline of a named strength; raises `ValueError` that lists the names for an unknown one."
-    if strength not in _STRENGTHS:
+    "A pipeline of a named strength; raises `ValueError` that lists the names for an unknown one, `TypeError` for a switch that is no bool."
+    for name, value in (("is_training", is_training), ("upright", upright)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: use True or False.")
+    if not isinstance(strength, str) or strength not in _STRENGTHS:
         raise ValueError(f"strength={strength!r} is not known. Use one of: {', '.join(_STRENGTHS)}.")
     if not is_training:
         return AugmentationPipeline(ignore_index=ignore_index)

@@ -7,7 +7,7 @@ __all__ = ['color_code', 'color_name', 'ColorTable', 'color_table', 'paint_to_cl
 
 # %% ../nbs/04_colors.ipynb #457155cb
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,13 +42,18 @@ class ColorTable(NamedTuple):
 def color_table(
     colors: Sequence | Mapping,  # Colours in the order of the classes, or `{colour: class}`
 ) -> ColorTable:
-    "Check a table of colours; raises `ValueError` for what is not a colour, and for a colour with two classes."
+    "Check a table of colours; raises `ValueError` for what is not a colour, and for a colour with two classes; `TypeError` for no table."
+    if isinstance(colors, (str, bytes)) or not isinstance(colors, Iterable):
+        raise TypeError(f"colors={colors!r}: give a list of colours in the order of the classes, or a mapping from colour to class.")
     pairs = list(colors.items()) if isinstance(colors, Mapping) else [(color, i) for i, color in enumerate(colors)]
     table = {}
     for color, label in pairs:
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
             raise ValueError(f"colors={{{color!r}: {label!r}}}: the class of a colour is a whole number. A mapping goes from colour to class.")
-        code = color_code(color)
+        try:
+            code = color_code(color)
+        except ValueError as error:
+            raise ValueError(f"colors: {error}") from error
         if table.setdefault(code, int(label)) != label:
             raise ValueError(f"colour {color_name(code)} is given for class {table[code]} and for class {label}. Each colour has one class.")
     if not table:

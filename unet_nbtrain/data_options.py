@@ -7,7 +7,7 @@ __all__ = ['check_options', 'as_class_names', 'as_statistics', 'as_pipeline', 'c
 
 # %% ../nbs/05_data_options.ipynb #ea4a77e0
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -34,20 +34,23 @@ def check_options(
 ) -> None:
     "Raise one `ValueError` that says everything that is wrong with the options of a data set, and what to write instead."
     share = isinstance(foreground_crops, (int, float)) and 0 <= foreground_crops <= 1
+    one_class = _whole(n_classes) and n_classes == 1
     rules = [
         (_whole(batch_size, 1), f"batch_size={batch_size!r}: use a whole number of images, at least 1."),
         (_whole(n_classes, 1), f"n_classes={n_classes!r}: use 1 for foreground against background, or the number of classes, background included."),
         (num_workers is None or _whole(num_workers, 0) and num_workers <= _MOST_WORKERS, f"num_workers={num_workers!r}: use None, 0, or a number of processes up to {_MOST_WORKERS}."),
         (_whole(seed), f"seed={seed!r}: use a whole number."),
         (ignore_index is None or _whole(ignore_index), f"ignore_index={ignore_index!r}: use one value of the masks, such as 255, or None."),
-        (foreground is None or n_classes == 1, f"foreground={foreground!r} is for n_classes=1; with n_classes={n_classes!r} the masks hold class indices."),
-        (n_classes != 1 or ignore_index not in (0, 1), f"ignore_index={ignore_index!r} with one class, where 0 and 1 are background and foreground. Use another value."),
-        (isinstance(cache, bool) or cache == "auto", f"cache={cache!r}: use True, False, or 'auto' to keep up to 1 GB in memory."),
+        (foreground is None or _are_values(foreground), f"foreground={foreground!r}: use a value of the masks, such as 255, or a list or range of values, or None."),
+        (foreground is None or one_class, f"foreground={foreground!r} is for n_classes=1; with n_classes={n_classes!r} the masks hold class indices."),
+        (not one_class or not _whole(ignore_index) or ignore_index not in (0, 1), f"ignore_index={ignore_index!r} with one class, where 0 and 1 are background and foreground. Use another value."),
+        (isinstance(cache, bool) or isinstance(cache, str) and cache == "auto", f"cache={cache!r}: use True, False, or 'auto' to keep up to 1 GB in memory."),
         (share, f"foreground_crops={foreground_crops!r}: use a share from 0 (windows anywhere) to 1 (all of them on the foreground)."),
         (pad is None or image_size is None, f"pad={pad!r} and image_size={image_size!r}: resized images have one size already. Leave one of the two out."),
         (pad is None or ignore_index is not None, f"pad={pad!r} needs ignore_index, the label that keeps the margin out of loss and metrics. Pass a value that no mask has, such as ignore_index=-1."),
     ]  # fmt: skip
-    beyond = [] if colors is None or n_classes == 1 else sorted({*color_table(colors).classes.tolist()} - {*range(n_classes), ignore_index})
+    named = set() if colors is None else {*color_table(colors).classes.tolist()}
+    beyond = [] if one_class or not _whole(n_classes) else sorted(o for o in named if not 0 <= o < n_classes and not (_whole(ignore_index) and o == ignore_index))
     rules.append((not beyond, f"colors has the classes {beyond}, but n_classes={n_classes!r}: use 0 to n_classes - 1, and ignore_index ({ignore_index!r})."))
     wrong = [sentence for right, sentence in rules if not right]
     if wrong:
@@ -58,6 +61,12 @@ def _whole(value, lowest=None):
     "Whether a value is a whole number and no less than the lowest; `True` and `False` are not numbers here"
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and (lowest is None or value >= lowest)
 
+
+def _are_values(foreground):
+    "Whether it is one value of a mask, or at least one in a row"
+    listed = isinstance(foreground, (Sequence, np.ndarray, set, frozenset)) and not isinstance(foreground, (str, bytes)) and np.ndim(foreground) < 2
+    return _whole(foreground) or listed and len(foreground) > 0 and all(map(_whole, foreground))
+
 # %% ../nbs/05_data_options.ipynb #97dbedf4
 def as_class_names(
     class_names: Sequence[str] | None,  # Names in the order of the class indices; or `None`
@@ -66,7 +75,7 @@ def as_class_names(
     "The names of the classes; raises `ValueError` where their number is wrong or one of them is no text."
     if class_names is None:
         return None
-    names = [] if isinstance(class_names, (str, Mapping)) else list(class_names)
+    names = list(class_names) if isinstance(class_names, Iterable) and not isinstance(class_names, (str, Mapping)) else []
     if len(names) != n_classes or not all(isinstance(name, str) and name for name in names):
         only = ", that of the foreground" if n_classes == 1 else ", one for each class index from 0 on"
         raise ValueError(f"class_names={class_names!r}: n_classes={n_classes} needs a list of {n_classes} name{'s' * (n_classes > 1)}{only}.")

@@ -17,7 +17,9 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .core import split_batch
-from .image_files import check_values, count_values, read_header, read_image, read_labels
+from .data_options import check_options
+from .file_names import JPEG_EXTENSIONS
+from .image_files import check_values, count_values, read_image, read_labels, read_pair_header
 from .mask_picture import thumbnail
 from .mask_summary import MaskReport, list_doubts
 from .pairing import pair_files
@@ -77,9 +79,16 @@ class _Files:
     def look(self, i):
         "Count one mask"
         image, mask = self.pairs[i]
-        header, labels = read_header(image), read_labels(mask, self.colors)
-        _compare(f"{image} and {mask.name}", header[:2], labels.shape)
-        return _seen(labels, header.channels, self.task, mask)
+        return _seen(read_labels(mask, self.colors), read_pair_header(image, mask).channels, self.task, mask)
+
+    def doubts(self):
+        "A sentence on JPEG masks, if there are any; colours that are in a table have shown that they are not smeared"
+        masks = [] if self.colors else [mask.name for _, mask in self.pairs if mask.suffix.lower() in JPEG_EXTENSIONS]
+        if masks:
+            yield (
+                f"{len(masks)} masks are JPEG, which smears their edges: {', '.join(masks[:3])}{', …' if len(masks) > 3 else ''}. Save masks as PNG. "
+                "Black and white ones can be read with foreground=range(128, 256)."
+            )
 
 # %% ../nbs/06_mask_report.ipynb #91054cb4
 def _seen(labels, channels, task, name):
@@ -109,6 +118,10 @@ class _Samples:
             return dataset.arrays(index)
         image, mask = (o.detach().cpu().numpy() for o in split_batch(dataset[index]))
         return image if image.ndim == 3 else image.reshape(-1, *image.shape[-2:]), _whole(mask, self._name(i))
+
+    def doubts(self):
+        "Nothing more is known of samples"
+        return ()
 
     def _name(self, i):
         dataset, index = self.places[i]
@@ -178,8 +191,7 @@ def describe_masks(
     Raises `ValueError` that names the file for what cannot be right: a missing mask, another size than its image, a value
     beyond the classes, a file that is not a mask.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: look at one mask at least, or pass None for all.")
+    _check_arguments(images_or_loader, masks, n_classes, foreground, ignore_index, colors, limit)
     wanted = None if foreground is None else [int(v) for v in np.atleast_1d(np.array(foreground))]
     task = _Task(n_classes, wanted, ignore_index)
     if masks is None:
@@ -193,6 +205,7 @@ def describe_masks(
     places = range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
     looks = _look_at_all(source, places)
     report = _summary(looks, task, count, names)
+    report["warnings"] += source.doubts()
     report.thumbnails = _thumbnails(source, places, looks, task)
     return report
 
@@ -208,12 +221,27 @@ def _data_source(loader, task, class_names, limit):
     return _Samples(places, task), class_names if class_names is not None else getattr(known, "class_names", None)
 
 # %% ../nbs/06_mask_report.ipynb #84172969
+def _check_arguments(images, masks, n_classes, foreground, ignore_index, colors, limit):
+    "Raise an error that names the argument that cannot be right, before anything is read; an unknown `n_classes` binds the others to nothing"
+    if masks is None and isinstance(images, (str, Path)):
+        raise TypeError(f"masks is missing: pass the folder of the masks that belong to {images} too, or a loader or data set alone.")
+    if n_classes is None:
+        check_options(batch_size=1, n_classes=1, foreground=foreground, colors=colors)
+        check_options(batch_size=1, n_classes=2, ignore_index=ignore_index)
+    else:
+        check_options(batch_size=1, n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, colors=colors)
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, np.integer)) or limit < 1):
+        raise ValueError(f"limit={limit!r}: look at one mask at least, or pass None for all.")
+
+# %% ../nbs/06_mask_report.ipynb #995926fa
 def _checked_names(class_names, n_classes):
     "Class names as a list; raises `ValueError` where their number is not that of the classes"
     if class_names is None:
         return None
+    if isinstance(class_names, (str, Mapping)) or not isinstance(class_names, Sequence):
+        raise TypeError(f"class_names={class_names!r}: use a list of names, one for each class.")
     if len(class_names) not in ((1, 2) if n_classes == 1 else (n_classes,)):
-        raise ValueError(f"{len(class_names)} class names for {n_classes} classes: {', '.join(map(str, class_names))}. Give one for each class.")
+        raise ValueError(f"class_names: {len(class_names)} class names for {n_classes} classes: {', '.join(map(str, class_names))}. Give one for each class.")
     return [str(name) for name in class_names]
 
 

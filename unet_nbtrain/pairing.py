@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .file_names import FoundFile, bare_name, list_files, name_key, names_a_mask
+from .file_names import JPEG_EXTENSIONS, FoundFile, bare_name, list_files, name_key, names_a_mask
 
 # %% ../nbs/05_pairing.ipynb #ffca3770
 class _Try(NamedTuple):
@@ -102,7 +102,7 @@ def _same_name(file):
 
 
 def _not_jpeg(file):
-    return None if file.path.suffix.lower() in (".jpg", ".jpeg") else file.name
+    return None if file.path.suffix.lower() in JPEG_EXTENSIONS else file.name
 
 
 def _first_channel(file):
@@ -160,8 +160,12 @@ def pair_files(
 ) -> list[tuple[Path, Path]]:  # (image, mask), sorted by the names of the images, `2.png` before `10.png`
     """Find the mask of each image by name; sub-folders are looked into where a folder has no images itself.
 
-    Raises `ValueError` where an image has no mask, a mask no image, or one of them several, naming the first five of each.
+    Raises `ValueError` where an image has no mask, a mask no image, or one of them several, naming the first five of each;
+    `TypeError` for a suffix or pattern that is no text.
     """
+    for option, given in (("mask_suffix", mask_suffix), ("mask_pattern", mask_pattern)):
+        if given is not None and not isinstance(given, str):
+            raise TypeError(f"{option}={given!r}: use text, such as {'_mask' if option == 'mask_suffix' else 'gt_{name}'!r}, or None.")
     image_files, mask_files = list_files(images, "images"), list_files(masks, "masks")
     if mask_suffix is not None and mask_pattern is not None:
         raise ValueError("mask_suffix and mask_pattern say the same in two ways. Pass one of them.")

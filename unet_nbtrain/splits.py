@@ -6,9 +6,12 @@
 __all__ = ['find_groups', 'split_positions']
 
 # %% ../nbs/05_splits.ipynb #7d92d56b
+import os
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 
 from .core import derive_seed
 
@@ -17,13 +20,15 @@ def find_groups(
     names: Sequence[str],  # Names of all images, with their extensions
     groups: str | re.Pattern | Callable | Mapping | Sequence,  # Expression with one group, function of a name, table, or one group per image
 ) -> list[str]:  # The group of each image, as text
-    "Which group each image belongs to; raises `ValueError` that lists the first images without one."
+    "Which group each image belongs to; raises `ValueError` that lists the first images without one, `TypeError` for what cannot tell."
     if isinstance(groups, (str, re.Pattern)):
         found = _matched(names, groups)
     elif callable(groups):
         found = [groups(name) for name in names]
     elif isinstance(groups, Mapping):
-        found = [groups.get(name, groups.get(name.rpartition(".")[0])) for name in names]
+        found = [next((groups[key] for key in _calls(name) if key in groups), None) for name in names]
+    elif not isinstance(groups, Iterable):
+        raise TypeError(f"groups={groups!r}: use an expression such as r'^(p\\d+)_', a function of a name, a table, or a list with one group for each image.")
     else:
         found = list(groups)
         if len(found) != len(names):
@@ -45,9 +50,19 @@ def _matched(names, pattern):
         raise ValueError(f"groups={pattern!r} is not a regular expression: {error}. Try something like r'^(patient\\d+)_'.") from error
     if compiled.groups != 1:
         raise ValueError(f"groups={compiled.pattern!r} has {compiled.groups} groups in brackets. Put exactly one around what names the patient, as in r'^(p\\d+)_'.")
-    return [match and match[1] for match in map(compiled.search, names)]
+    for searched in ([name.rpartition("/")[2] for name in names], names):
+        found = [match and match[1] for match in map(compiled.search, searched)]
+        if all(found):
+            break
+    return found
 
-# %% ../nbs/05_splits.ipynb #10aacd92
+
+def _calls(name):
+    "What an image may be called: its name, without extension, and both without folders"
+    bare = name.rpartition("/")[2]
+    return name, name.rpartition(".")[0], bare, bare.rpartition(".")[0]
+
+# %% ../nbs/05_splits.ipynb #7aaf80d4
 def split_positions(
     names: Sequence[str],  # Names of all images, in sorted order
     val: float | slice | Sequence[int] | Sequence[str],  # Fraction in (0, 1), or positions, or names with or without extension
@@ -56,17 +71,19 @@ def split_positions(
 ) -> tuple[list[int], list[int]]:  # Positions for training and for validation, both rising
     """Split images into training and validation.
 
-    Negative positions count from the end. Raises `ValueError` for unknown names and positions, where one side would be
-    empty, and where a list would leave a group on both sides.
+    Negative positions count from the end. Raises `ValueError` for unknown and ambiguous names, unknown positions, where one
+    side would be empty, and where a list would leave a group on both sides; `TypeError` for what is no choice at all.
     """
     everyone = range(len(names))
     members = None if groups is None else find_groups(names, groups)
-    if isinstance(val, float):
-        chosen = _by_lot(names, val, seed, members or names)
+    if isinstance(val, Real) and not isinstance(val, int):
+        chosen = _by_lot(names, val, seed, members or _short(names))
     elif isinstance(val, slice):
         chosen = set(everyone[val])
     elif isinstance(val, (str, int)):
         raise ValueError(f"val={val!r} is a single value. Use a fraction such as 0.2, or a list, range or slice of positions or names.")
+    elif not isinstance(val, Iterable):
+        raise TypeError(f"val={val!r}: use a fraction such as 0.2, or a list, range or slice of positions or names.")
     else:
         chosen = _positions(names, list(val))
     if not 0 < len(chosen) < len(names):
@@ -77,11 +94,18 @@ def split_positions(
     return train, sorted(chosen)
 
 # %% ../nbs/05_splits.ipynb #5a927cbd
+def _short(names):
+    "Each name without its folders, where no other has the same, else the whole name"
+    bare = [name.rpartition("/")[2] for name in names]
+    count = Counter(bare)
+    return [short if count[short] == 1 else name for short, name in zip(bare, names)]
+
+
 def _by_lot(names, fraction, seed, members):
     "The positions of the groups whose lots are lowest, as near to the fraction of all images as they come"
     sizes = Counter(members)
     if not 0 < fraction < 1 or len(sizes) < 2:
-        what = "images" if members is names else "groups"
+        what = "images" if len(sizes) == len(names) else "groups"
         raise ValueError(f"val={fraction} of {len(sizes)} {what}: a fraction must lie between 0 and 1, and there must be 2 {what} or more.")
     wish, taken, total = max(1, round(fraction * len(names))), set(), 0
     drawn = sorted(sizes, key=lambda group: derive_seed(seed, "split", group))
@@ -105,13 +129,28 @@ def _check_whole(members, train, chosen):
 
 # %% ../nbs/05_splits.ipynb #4fba32dd
 def _positions(names, wanted):
-    "The set of positions of `wanted`, which holds names or positions; raises `ValueError` that lists the unknown ones"
-    known = {name.rpartition(".")[0]: i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
-    known |= {i - shift: i for i in range(len(names)) for shift in (0, len(names))}
-    unknown = [o for o in wanted if o not in known]
+    "The set of positions of `wanted`, which holds names or positions; raises `ValueError` that lists the unknown and the ambiguous ones"
+    known = defaultdict(set)
+    for i, name in enumerate(names):
+        for key in {i, i - len(names), *_calls(name)}:
+            known[key].add(i)
+    known.update({name: {i} for i, name in enumerate(names)})
+    found = [known.get(_as_key(o), set()) for o in wanted]
+    unknown = [o for o, places in zip(wanted, found) if not places]
     if unknown:
         raise ValueError(
             f"val names {len(unknown)} that are not among the {len(names)} images: {', '.join(map(repr, unknown[:5]))}. "
             f"Names look like {names[0]!r}; positions go from 0 to {len(names) - 1}."
         )
-    return {known[o] for o in wanted}
+    for o, places in zip(wanted, found):
+        if len(places) > 1:
+            shown = ", ".join(names[i] for i in sorted(places)[:5])
+            raise ValueError(f"val names {o!r}, which {len(places)} images are called: {shown}{', …' if len(places) > 5 else ''}. Write the folder or the extension too.")
+    return set().union(*found)
+
+
+def _as_key(wanted):
+    "A name in the form in which names are kept, or a position; `None` for what is neither"
+    if isinstance(wanted, (str, os.PathLike)):
+        return unicodedata.normalize("NFC", os.fspath(wanted).replace(os.sep, "/"))
+    return wanted if isinstance(wanted, Real) else None
