@@ -640,3 +640,35 @@ def test_loaders_read_the_masks_of_their_images(tmp_path, layout):
     for loader, i in ((train, 1), (val, 2)):
         image, mask = next(iter(loader))
         assert round(float(image.mean()) * 255) == 80 * i and int(mask.sum()) == i
+
+
+def patients(folder):
+    "Three slices, of equal names, of each of two patients"
+    for patient in "AB":
+        for i in range(3):
+            save(folder / "i" / f"P{patient}" / f"{i}.png", COLOR)
+            save(folder / "m" / f"P{patient}" / f"{i}.png", (LABELS == i).astype(np.uint8) * 255)
+    return folder / "i", folder / "m"
+
+
+def test_loaders_of_a_folder_for_each_patient(tmp_path):
+    folders = patients(tmp_path)
+    _, val = create_dataloaders(*folders, val=["PA/1", "PB/0.png"], augment=None, num_workers=0)
+    assert [o.relative_to(tmp_path).as_posix() for o in val.dataset.images] == ["i/PA/1.png", "i/PB/0.png"]
+    train, val = create_dataloaders(*folders, val=0.5, groups=r"^(P\w)/", augment=None, num_workers=0)
+    assert len(val.dataset) == 3 and len({o.parent for o in val.dataset.images}) == len({o.parent for o in train.dataset.images}) == 1
+    with pytest.raises(ValueError, match=r"'1', which 2 images are called: PA/1\.png, PB/1\.png"):
+        create_dataloaders(*folders, val=["1"])
+
+
+def test_loaders_refuse_a_foreground_that_no_mask_has(tmp_path):
+    with pytest.raises(ValueError, match=r"foreground=1: none of the 6 masks has it\. They hold 0 \(75\.0%\), 255 \(25\.0%\)"):
+        create_dataloaders(*patients(tmp_path), foreground=1)
+
+
+def test_loaders_refuse_a_pair_that_is_turned_in_two_ways(tmp_path):
+    folders, exif = patients(tmp_path), Image.Exif()
+    exif[0x0112] = 3
+    save(folders[0] / "PB" / "2.png", COLOR, exif=exif)
+    with pytest.raises(ValueError, match=r"PB.2\.png and 2\.png have different orientation tags"):
+        create_dataloaders(*folders)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .contents import CheckpointError, Sealing, check_archive, check_tensors, find_nonfinite, misformed, walk
+from .contents import CheckpointError, NonFiniteError, Sealing, check_archive, check_tensors, find_nonfinite, misformed, walk
 from .core import unwrap
 from .disk import sweep, why_not_written, write_whole
 
@@ -61,7 +61,7 @@ def save_file(
     path = Path(path)
     state = to_plain(dict(state, format=FORMAT, version=VERSION))
     if place := find_nonfinite(state):
-        raise CheckpointError(f"{path} was not written: {place} holds NaN or infinity. What was there before is untouched. {_CURE}")
+        raise NonFiniteError(f"{path} was not written: {place} holds NaN or infinity. What was there before is untouched. {_CURE}")
     needed = _bytes_of(state)
     try:
         return write_whole(path, lambda file: _write(state, file), needed, previous, also)
@@ -254,10 +254,13 @@ class CheckpointFolder(_Names):
         path = path or self.last
         return save_file(state, path, self.previous if path == self.last else None, also)
 
-    def load_newest(self) -> tuple[dict, Path]:  # The state and the file it came from
+    def load_newest(
+        self,
+        trusted: bool = False,  # Whether a file that was written amid bad steps is the second choice
+    ) -> tuple[dict, Path]:  # The state and the file it came from
         "The newest checkpoint that is whole: `last`, else the one before, the best, a regular one; each refusal is logged."
         regular = [self.numbered("epoch", number) for number in reversed(self.numbers("epoch"))]
-        return load_first([self.last, self.previous, self.best, *regular])
+        return load_first([self.last, self.previous, self.best, *regular], trusted)
 
     def sweep(
         self,
@@ -269,16 +272,22 @@ class CheckpointFolder(_Names):
 # %% ../nbs/11_checkpoint.ipynb #d680d26d
 def load_first(
     paths: Iterable[str | Path],  # Candidates, the preferred one first
+    trusted: bool = False,  # Whether a file that was written amid bad steps is the second choice
 ) -> tuple[dict, Path]:  # The state and the file it came from
     "The first of these files that is whole; raises `CheckpointError` with each one's fault if none is."
-    faults = []
+    faults, doubtful = [], None
     for path in map(Path, paths):
         try:
             state = load_file(path)
         except CheckpointError as error:
             faults.append(str(error))
             continue
+        if trusted and state.get("nonfinite_in_a_row"):
+            doubtful = doubtful or (state, path)
+            continue
         for fault in faults:
             _log.warning("%s Using %s instead.", fault, path.name)
         return state, path
+    if doubtful:
+        return doubtful
     raise CheckpointError("No checkpoint can be loaded. " + " ".join(faults))

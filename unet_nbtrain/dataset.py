@@ -21,7 +21,8 @@ from .core import derive_seed
 from .crops import RandomCrop, class_places
 from .data_options import as_class_names, as_pipeline, as_plain, as_statistics, check_options, common_channels
 from .demo_data import draw_cells
-from .image_files import read_header, read_image, read_mask
+from .file_names import relative_names
+from .image_files import check_foreground, read_header, read_image, read_mask, read_pair_header
 from .pairing import pair_files
 from .sampling import default_workers, make_loader
 from .splits import split_positions
@@ -232,10 +233,12 @@ def create_dataloaders(
         n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, colors=colors, image_size=resize, seed=seed,
         class_names=as_class_names(class_names, n_classes),
     )  # fmt: skip
-    parts = split_positions([image.name for image, _ in pairs], val, seed, groups)
+    parts = split_positions(relative_names([image for image, _ in pairs]), val, seed, groups)
     headers = [_checked_header(*pair) for pair in pairs]
     sizes, n_channels = [resize or header[:2] for header in headers], common_channels({header.channels for header in headers})
     as_statistics(normalize, n_channels)
+    if foreground is not None:
+        check_foreground([mask for _, mask in pairs], foreground, colors)
     margin = common_size(pad, sizes)
     _check_sizes([sizes[i] for i in parts[0]], batch_size, window or margin)
     options |= dict(n_channels=n_channels, cache=_bytes(pairs, headers, resize) <= _CACHE_BYTES if cache == "auto" else cache)
@@ -277,14 +280,14 @@ def _loaders(train, held_out, batch_size, num_workers, one_size):
 
 # %% ../nbs/06_dataset.ipynb #51b36ba7
 def _checked_header(image, mask):
-    "The header of an image, after comparing its size with that of its mask"
+    "The header of an image, after comparing its size and its orientation tag with those of its mask"
     header, other = read_header(image), read_header(mask)
     if header[:2] != other[:2]:
         raise ValueError(
             f"{image} is {header.height} x {header.width} pixels and its mask {mask} is {other.height} x {other.width}. "
             "They must have the same size: is it the right mask, and was one of them resized or turned?"
         )
-    return header
+    return read_pair_header(image, mask)
 
 
 def _check_sizes(sizes, batch_size, made_equal):

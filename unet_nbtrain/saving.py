@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import CheckpointError, save_file
+from .contents import NonFiniteError
 from .core import unwrap
 from .disk import FolderLock, sweep
 from .restoring import Resuming, describe_parts
@@ -152,6 +153,7 @@ class _Outcome(_Aside):
     def _not_written(self, error, names):
         "A disk that refuses is a problem to be told, not the end of the training"
         self._owed |= set(names)
+        self._poisoned = str(error) if isinstance(error, NonFiniteError) else self._poisoned
         text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         _log.error("%s", text)
         self.history.mark("problem", self.progress, self.global_step, text)
@@ -288,7 +290,7 @@ class ResumableState(_Cadence):
         self._finish_writing()
         events = self.history.events
         try:
-            self._load(*self._folder.load_newest())
+            self._load(*self._folder.load_newest(trusted=True))
         except CheckpointError as error:
             _log.error("The weights may hold NaN, and there is nothing to go back to: %s", error)
         for event in events[len(self.history.events) :]:

@@ -163,6 +163,14 @@ class _Endings(_EpochEnds):
             self._save()
 
 # %% ../nbs/17_trainer.ipynb #e95735c8
+def _let_go(error):
+    "Drop the frames of an error and of those behind it, which would hold the last batch in memory"
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class _Life(_Endings):
     "Beginning, course and end of one run, in whatever thread"
 
@@ -178,9 +186,8 @@ class _Life(_Endings):
             error, reason = caught, f"{type(caught).__name__}: {caught}"
             run.traceback = "".join(traceback.format_exception(caught))
             _log.error("The run ended in epoch %d: %s", self.current_epoch + 1, reason)
-            if aside or is_out_of_memory(caught):  # Its frames would hold the last batch in memory
-                traceback.clear_frames(caught.__traceback__)
-                caught.__traceback__ = caught.__context__ = None
+            if aside or is_out_of_memory(caught):
+                _let_go(caught)
         try:
             run.ending = True
             try:
