@@ -150,6 +150,18 @@ class ProgressBar(_Screen):
         self._due = time.monotonic() + self._interval
 
 # %% ../nbs/13_loggers.ipynb #a19974d4
+def _sweep(path):
+    "Remove what processes that are gone have left of their writing to this file"
+    for half in path.parent.glob(f".{path.name}.*-*.tmp") if os.name == "posix" else ():
+        writer = half.name.removeprefix(f".{path.name}.").partition("-")[0]
+        try:
+            os.kill(int(writer), 0)
+        except ProcessLookupError:
+            half.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            continue
+
+# %% ../nbs/13_loggers.ipynb #b995572a
 class HistoryFiles:
     "Keeps `history.json` (and a picture, if one is given) up to date in a folder, and `history.csv` at the end."
 
@@ -159,6 +171,13 @@ class HistoryFiles:
         picture: Callable[[History], bytes] | None = None,  # Makes a PNG of the history, for `curves.png`
     ):
         self.folder, self.picture, self._next_picture = Path(folder), picture, 0.0
+
+    def on_run_start(self, trainer) -> None:
+        "Remove what dead processes left half-written, and write the epochs that a resumed run has behind it."
+        for name in ("history.json", "history.csv", "curves.png"):
+            _sweep(self.folder / name)
+        if len(trainer.history):
+            trainer.history.save(self.folder / "history.json")
 
     def on_epoch_end(self, trainer, row) -> None:
         "Write `history.json`; and the picture, unless drawing takes a noticeable part of the time."
