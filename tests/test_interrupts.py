@@ -167,8 +167,8 @@ def test_interrupts_leave_a_training_in_the_background_alone(kernel, tmp_path):
         time.sleep(choice.uniform(0.3, 0.6))
         kernel.manager.interrupt_kernel()
         assert kernel.reply(identity)["ename"] == "KeyboardInterrupt"
-        steps = int(kernel.run("trainer.global_step"))
-        kernel.until(lambda: int(kernel.run("trainer.global_step")) > steps + 7, "further steps", 30)
+        goal = f"trainer.global_step > {kernel.run('trainer.global_step')} + 7"
+        kernel.until(lambda goal=goal: kernel.run(goal) == "True", "further steps", 30)
     assert kernel.run("run.state") == "'running'" and workers <= kernel.children()
     assert kernel.run("run.stop().wait(30)") == "True" and kernel.run("run.wait(30)") == "True"
     is_in_order(kernel)
