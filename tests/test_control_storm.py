@@ -29,17 +29,21 @@ class Rules:
     MOVES = {"pause": "paused", "resume": "running", "stop": "stopping"}
 
     def __init__(self):
-        self.state = "running"
+        self.states = ["running"]
+
+    @property
+    def state(self):
+        return self.states[-1]
 
     def answer(self, name, args):
-        """Whether a command is obeyed, and the new state"""
+        """Whether a command is obeyed; it may bring a new state"""
         if name == "set":
             return args[1] > 0
         if name == "save" or self.MOVES[name] == self.state:
             return True
         if self.state == "stopping":
             return False
-        self.state = self.MOVES[name]
+        self.states.append(self.MOVES[name])
         return True
 
 
@@ -78,8 +82,8 @@ def storm(run, choice, count):
     return [*sum(sent, []), run.stop()]
 
 
-def check(run, commands, answers):
-    """Every command was answered once; the rules give the same answers in this order, and the same end"""
+def check(run, commands, answers, states):
+    """Every command was answered once; the rules give the same answers in this order, and the same states on the way"""
     assert run.wait(SECONDS), f"the run hangs: {run}"
     assert all(command.done for command in commands), [command for command in commands if not command.done]
     assert sorted(map(id, commands)) == sorted(id(command) for command, _, _ in answers)
@@ -92,22 +96,24 @@ def check(run, commands, answers):
         assert ok == rules.answer(command.name, command.args), (command, rules.state)
         assert step >= last and (command.message or ok), command
         last = step
-    assert rules.state == "stopping" and run.state == "finished" and not run.requests and not run.pending
+    assert states == [*rules.states, "finished"] and rules.state == "stopping"
+    assert run.state == "finished" and not run.requests and not run.pending
 
 
-def loop(run, saved):
-    """The fast stand-in for a training: steps without work"""
+def loop(run, saved, ending=0.0):
+    """The fast stand-in for a training: steps without work, and an ending that takes its time"""
 
     def set_rate(name, value):
         if value <= 0:
             raise ValueError("a rate is greater than 0")
 
     run.begin()
-    step = 0
-    while not run.pending or run.obey(step, {"save": lambda: saved.append(step), "set": set_rate}):
+    actions, step = {"save": lambda: saved.append(None), "set": set_rate}, 0
+    while not run.pending or run.obey(step, actions):
         step += 1
         if step % 50 == 0:
             time.sleep(0)
+    time.sleep(ending)
     run.finish("stopped by a command")
 
 
@@ -116,20 +122,26 @@ def test_random_commands_against_a_fast_loop(answers, block):
     for seed in range(100 if FULL else 20):
         choice, states, saved = random.Random(f"{block}-{seed}"), [], []
         run = Run(on_state=states.append)
-        worker = threading.Thread(target=loop, args=(run, saved), daemon=True)
+        worker = threading.Thread(target=loop, args=(run, saved, choice.choice([0, 0.002])), daemon=True)
         if choice.random() < 0.5:
             worker.start()
             commands = storm(run, choice, choice.randint(1, 6))
         else:  # The commands are there before the loop begins
             commands = storm(run, choice, choice.randint(1, 6))
             worker.start()
-        check(run, commands, answers)
+        check(run, commands, answers, states)
         worker.join(SECONDS)
         assert not worker.is_alive()
         taken = sum(command.name == "save" and step is not None for command, _, step in answers)
         assert len(saved) == taken
-        assert states[0] == "running" and states[-1] == "finished" and all(a != b for a, b in zip(states, states[1:]))
         answers.clear()
+
+
+class Heard:
+    """What the observers of a run hear of its state"""
+
+    def on_state_change(self, trainer, state):
+        self.states.append(state)
 
 
 def test_random_commands_against_a_real_trainer(answers, tmp_path):
@@ -137,31 +149,34 @@ def test_random_commands_against_a_real_trainer(answers, tmp_path):
     batches = [(images, (images > 0.5).float()) for images in data]
     model = nn.Conv2d(1, 1, 1)
     model.n_classes = 1
-    trainer, states = UNetTrainer(model, batches, batches[:1], device="cpu", run_dir=tmp_path, observers=[]), []
+    trainer, found = UNetTrainer(model, batches, batches[:1], device="cpu", run_dir=tmp_path, observers=[Heard()]), []
     for seed in range(30 if FULL else 6):
         before = trainer.global_step
+        (heard,) = trainer.observers
+        heard.states = []
         run = trainer.start(100_000)
         commands = storm(run, random.Random(seed), 4)
-        check(run, commands, answers)
+        check(run, commands, answers, heard.states)
         assert run.exception is None, run.traceback
         assert trainer.global_step >= before and trainer.learning_rate in (0.1, 0.2, 1e-3)
-        states.append(torch.load(trainer.checkpoint_dir / "last.pth")["global_step"] == trainer.global_step)
+        found.append(torch.load(trainer.checkpoint_dir / "last.pth")["global_step"] == trainer.global_step)
         answers.clear()
-    assert all(states) and not [thread for thread in threading.enumerate() if thread.name == "unet-train" and thread.is_alive()]
+    assert all(found) and not [thread for thread in threading.enumerate() if thread.name == "unet-train" and thread.is_alive()]
 
 
 def test_the_rules_can_fail(answers):
     """A control that forgets a command, or that resumes a run which is stopping, is found"""
-    run = Run()
-    worker = threading.Thread(target=loop, args=(run, []), daemon=True)
-    worker.start()
+    states = []
+    run = Run(on_state=states.append)
     commands = [run.pause(), run.resume(), run.stop()]
-    check(run, commands, answers)
-    worker.join(SECONDS)
+    loop(run, [])
+    check(run, commands, answers, states)
     forgotten = Command("save")
     with pytest.raises(AssertionError):
-        check(run, [*commands, forgotten], answers)
+        check(run, [*commands, forgotten], answers, states)
     refused = Command("pause")
     refused.settle(False, 5, "busy")
     with pytest.raises(AssertionError):
-        check(run, [*commands[:2], refused, commands[2]], [*answers[:2], answers[-1], answers[2]])
+        check(run, commands, answers[:3], ["running", "paused", "stopping", "finished"])
+    with pytest.raises(AssertionError):
+        check(run, [*commands[:2], refused, commands[2]], [*answers[:2], answers[-1], answers[2]], states)
