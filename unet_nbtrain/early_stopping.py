@@ -29,14 +29,15 @@ _MODES = {
 
 
 def _mode_of(monitor: str, mode: str | None) -> str:
-    "`'min'` or `'max'`: as given, else by the monitor's name; ValueError if neither says it."
-    if mode in ("min", "max"):
-        return mode
-    if mode is not None:
+    "`'min'` or `'max'`: by the monitor's name, else as given; ValueError if neither says it, or if they contradict each other."
+    if mode not in ("min", "max", None):
         raise ValueError(f"mode={mode!r}: use 'min' where less is better, 'max' where more is better.")
-    known = [part for part in str(monitor).split(".") if part in _MODES]
-    if known:
-        return _MODES[known[-1]]
+    known = [_MODES[part] for part in str(monitor).split(".") if part in _MODES]
+    if known and mode not in (known[-1], None):
+        better = "more" if known[-1] == "max" else "less"
+        raise ValueError(f"mode={mode!r} contradicts monitor={monitor!r}, of which {better} is better. Leave mode out, or use {known[-1]!r}.")
+    if mode or known:
+        return mode or known[-1]
     closest = get_close_matches(str(monitor), _MODES, n=1)
     hint = f" Did you mean {closest[0]!r}?" if closest else ""
     raise ValueError(f"monitor={monitor!r} is not known.{hint} Known: {', '.join(_MODES)}; for another one give mode=.")

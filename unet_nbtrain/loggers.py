@@ -23,6 +23,8 @@ from .run_log import RunLog, epoch_line, is_on_console
 from .tensorboard_logger import TensorBoardLogger
 from .text import short_number
 
+_log = logging.getLogger(__name__)
+
 # %% ../nbs/13_loggers.ipynb #88fffdcd
 _all_ = ["RunLog", "TensorBoardLogger", "epoch_line"]
 
@@ -150,6 +152,25 @@ class ProgressBar(_Screen):
         self._due = time.monotonic() + self._interval
 
 # %% ../nbs/13_loggers.ipynb #a19974d4
+def _sweep(path):
+    "Remove what processes that are gone have left of their writing to this file"
+    for half in path.parent.glob(f".{path.name}.*-*.tmp") if os.name == "posix" else ():
+        writer = half.name.removeprefix(f".{path.name}.").partition("-")[0]
+        try:
+            os.kill(int(writer), 0)
+        except ProcessLookupError:
+            half.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            continue
+
+# %% ../nbs/13_loggers.ipynb #156f06bf
+def _tell(trainer, message):
+    "Have all observers of a trainer hear of a problem"
+    notify = getattr(getattr(trainer, "observers", None), "notify", None)
+    if notify is not None:
+        notify("on_problem", trainer, message)
+
+# %% ../nbs/13_loggers.ipynb #b995572a
 class HistoryFiles:
     "Keeps `history.json` (and a picture, if one is given) up to date in a folder, and `history.csv` at the end."
 
@@ -158,20 +179,38 @@ class HistoryFiles:
         folder: str | os.PathLike,  # Where the files go; made when the first is written
         picture: Callable[[History], bytes] | None = None,  # Makes a PNG of the history, for `curves.png`
     ):
-        self.folder, self.picture, self._next_picture = Path(folder), picture, 0.0
+        self.folder, self.picture, self._next_picture, self._refused = Path(folder), picture, 0.0, False
+
+    def on_run_start(self, trainer) -> None:
+        "Remove what dead processes left half-written, and write the epochs that a resumed run has behind it."
+        for name in ("history.json", "history.csv", "curves.png"):
+            _sweep(self.folder / name)
+        if len(trainer.history):
+            self._try(trainer, trainer.history.save, self.folder / "history.json")
 
     def on_epoch_end(self, trainer, row) -> None:
         "Write `history.json`; and the picture, unless drawing takes a noticeable part of the time."
-        trainer.history.save(self.folder / "history.json")
+        self._try(trainer, trainer.history.save, self.folder / "history.json")
         if self.picture and time.monotonic() >= self._next_picture:
-            self._draw(trainer.history)
+            self._try(trainer, self._draw, trainer.history)
 
     def on_run_end(self, trainer, reason) -> None:
         "Write everything."
-        trainer.history.save(self.folder / "history.json")
-        trainer.history.to_csv(self.folder / "history.csv")
+        self._try(trainer, trainer.history.save, self.folder / "history.json")
+        self._try(trainer, trainer.history.to_csv, self.folder / "history.csv")
         if self.picture:
-            self._draw(trainer.history)
+            self._try(trainer, self._draw, trainer.history)
+
+    def _try(self, trainer, write, what):
+        "Write; a disk that refuses is told once, and asked again the next time"
+        try:
+            write(what)
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                _log.error("The history cannot be written to %s.", self.folder, exc_info=True)
+                _tell(trainer, f"The history is not written: {error}. It is complete in memory and in the checkpoints, and is tried again after each epoch.")
+            self._refused = True
 
     def _draw(self, history):
         start = time.monotonic()

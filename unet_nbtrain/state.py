@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .checkpoint import CheckpointFolder
+from .checks import as_seed, check_criterion, check_folder, check_loader, check_trainable, shared_samples
 from .core import dataset_attribute, get_amp_dtype, get_device, length_of, unwrap
 from .early_stopping import BestWeights, EarlyStopping, LastWeights
 from .epoch import EpochMeter, RunningMean
@@ -98,7 +99,7 @@ class _Setup(_Blank):
     ):
         self.model, self.train_loader, self.val_loader = model, train_loader, val_loader
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
-        self.device, self.seed = get_device(device), int(seed)
+        self.device, self.seed = get_device(device), as_seed(seed)
         self.amp_dtype = get_amp_dtype(amp, self.device)
         self.checkpoint_dir, self.log_dir, self.run_dir = (Path(p) if p else None for p in (checkpoint_dir, log_dir, run_dir))
         self.early_stopping, self.best_weights = EarlyStopping(early_stopping_patience), BestWeights()
@@ -108,6 +109,7 @@ class _Setup(_Blank):
         self.on_nonfinite, self.nonfinite_limit, self.on_bad_sample, self.on_oom, self.deterministic = "skip", 20, "skip", "split", False
         self.observers, self._wants_defaults = Observers(observers or ()), observers is None
         self._begin_at_zero()
+        self._look_at_loaders()
         if model is not None:
             self._adopt_model()
         self._take_settings(settings)
@@ -115,6 +117,12 @@ class _Setup(_Blank):
 # %% ../nbs/14_state.ipynb #b1de7ed4
 class _Parts(_Setup):
     "Defaults for what was not given, and checks of what was"
+
+    def _look_at_loaders(self):
+        for name in ("train_loader", "val_loader"):
+            check_loader(name, getattr(self, name))
+        if shared := shared_samples(self.train_loader, self.val_loader):
+            _log.warning(shared)
 
     def _adopt_model(self):
         if not isinstance(self.model, nn.Module):
@@ -127,6 +135,7 @@ class _Parts(_Setup):
             if self.n_classes is None:
                 raise ValueError("The model has no attribute n_classes, so the loss is unknown: give criterion=create_loss_function(n_classes=…).")
             self.criterion = create_loss_function(self.n_classes, name=self.criterion or "auto", ignore_index=self.ignore_index)
+        check_criterion(self.criterion, self.n_classes)
         if isinstance(self.criterion, nn.Module):
             self.criterion.to(self.device)
         self._adopt_steps()
@@ -151,6 +160,7 @@ class _Ready(_Parts):
     def _adopt_optimizer(self):
         "Look at optimizer and schedule, again before each run, since they may have been replaced"
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        check_trainable(self._parameters)
         if not {id(p) for p in self._parameters} <= {id(p) for p in self.model.parameters()}:
             raise ValueError("The optimizer holds parameters of another model. Make it after the model: create_optimizer(model, …).")
         if getattr(self.scheduler, "optimizer", self.optimizer) is not self.optimizer:
@@ -184,6 +194,7 @@ class _Ready(_Parts):
             self.run_dir = new_run_dir()
         self.checkpoint_dir = self.checkpoint_dir or self.run_dir / "checkpoints"
         self.log_dir = self.log_dir or self.run_dir / "tensorboard"
+        check_folder("checkpoint_dir", self.checkpoint_dir)
         self._folder = CheckpointFolder(self.checkpoint_dir)
         if self._wants_defaults:
             for observer in default_observers(self.run_dir or self.log_dir, self.log_dir):

@@ -115,6 +115,35 @@ class _Writers:
                 self._close()
             raise
 
+# %% ../nbs/12_tensorboard_logger.ipynb #fc286c4c
+_KEPT = {"scalars": 0, "images": 1, "tensors": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1, "graph": 1, "meta_graph": 1, "run_metadata": 1}
+
+
+def _shown_points(log_dir):
+    "What TensorBoard would show: a value for each run, tag and step"
+    if not any(log_dir.glob("*/events.out.tfevents.*")):
+        return {}
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    reader = EventMultiplexer(size_guidance=_KEPT).AddRunsFromDirectory(str(log_dir)).Reload()
+    found = ((run, tag) for run, kinds in reader.Runs().items() for tag in kinds["scalars"])
+    return {(run, tag, event.step): event.value for run, tag in found for event in reader.Scalars(run, tag)}
+
+
+def _missing_rows(log_dir, rows, class_names):
+    "The rows of a history from the first one on that TensorBoard would not show as it is"
+    shown = _shown_points(log_dir) if rows else {}
+    for i, row in enumerate(rows):
+        wanted = (((run, tag, row["epoch"]), value) for run, numbers in scalars(row, class_names).items() for tag, value in numbers.items())
+        if not all(where in shown and _is_same(shown[where], value) for where, value in wanted):
+            return rows[i:]
+    return []
+
+
+def _is_same(shown, value):
+    "Whether a point is that value, in the single precision of event files"
+    return math.isclose(shown, value, rel_tol=1e-6) or (math.isnan(shown) and math.isnan(value))
+
 # %% ../nbs/12_tensorboard_logger.ipynb #33bc3627
 class _Contents(_Writers):
     "What is written at the beginning, after an epoch and at the end"
@@ -122,7 +151,11 @@ class _Contents(_Writers):
     def _begin(self, trainer):
         from torch.utils.tensorboard.summary import hparams
 
-        self._open(trainer.current_epoch + 1)
+        history = trainer.history
+        missing = _missing_rows(self.log_dir, history.rows, history.class_names)
+        self._open(missing[0]["epoch"] if missing else trainer.current_epoch + 1)
+        for row in missing:
+            self._write_numbers(history, row)
         settings = {name: value for name, value in describe_run(trainer).items() if name not in ("current_epoch", "total_epochs", "global_step")}
         *start, self._end = hparams(settings, {f"Best/{name}": 0.0 for name in ("Loss", "Dice", "IoU")})
         for part in start:
@@ -131,17 +164,23 @@ class _Contents(_Writers):
     def _write_epoch(self, trainer, row):
         if self._last is not None and row["epoch"] <= self._last:
             self._open(row["epoch"])
-        self._last, best = row["epoch"], trainer.history.best or {"val": {}}
-        found = scalars(row, trainer.history.class_names)
-        found["train"] |= _gpu_memory(trainer.device)
-        found["validation"] |= {f"Best/{_TITLES[name]}": best["val"][name] for name in ("loss", "dice", "iou") if name in best["val"]}
-        for run, numbers in found.items():
-            for tag, value in numbers.items():
-                self._writers[run].add_scalar(tag, value, row["epoch"])
+        self._last = row["epoch"]
+        self._write_numbers(trainer.history, row, _gpu_memory(trainer.device))
         if time.monotonic() >= self._next_picture:
             self._show(trainer)
         for writer in self._writers.values():
             writer.flush()
+
+    def _write_numbers(self, history, row, more=()):
+        "The numbers of a row, and those of the epoch that was the best one then"
+        past, found = history.snapshot(), scalars(row, history.class_names)
+        past.truncate(row["epoch"])
+        best = (past.best or {"val": {}})["val"]
+        found["train"] |= dict(more)
+        found["validation"] |= {f"Best/{_TITLES[name]}": best[name] for name in ("loss", "dice", "iou") if name in best}
+        for run, numbers in found.items():
+            for tag, value in numbers.items():
+                self._writers[run].add_scalar(tag, value, row["epoch"])
 
     def _show(self, trainer):
         "The picture of the last validation, and how long there will be no other: 50 times as long as it took"
