@@ -176,6 +176,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unet_nbtrain.control._Outside.stop': ('control.html#_outside.stop', 'unet_nbtrain/control.py'),
                                       'unet_nbtrain.control._Outside.wait': ('control.html#_outside.wait', 'unet_nbtrain/control.py'),
                                       'unet_nbtrain.control._change': ('control.html#_change', 'unet_nbtrain/control.py'),
+                                      'unet_nbtrain.control._stop_all': ('control.html#_stop_all', 'unet_nbtrain/control.py'),
                                       'unet_nbtrain.control.interrupt_stops': ('control.html#interrupt_stops', 'unet_nbtrain/control.py')},
             'unet_nbtrain.core': { 'unet_nbtrain.core._describe': ('core.html#_describe', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core._plain': ('core.html#_plain', 'unet_nbtrain/core.py'),
@@ -1426,6 +1427,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unet_nbtrain.trainer._Life': ('trainer.html#_life', 'unet_nbtrain/trainer.py'),
                                       'unet_nbtrain.trainer._Life._begin': ('trainer.html#_life._begin', 'unet_nbtrain/trainer.py'),
                                       'unet_nbtrain.trainer._Life._fit': ('trainer.html#_life._fit', 'unet_nbtrain/trainer.py'),
+                                      'unet_nbtrain.trainer._Life._tell_schedule': ( 'trainer.html#_life._tell_schedule',
+                                                                                     'unet_nbtrain/trainer.py'),
                                       'unet_nbtrain.trainer._let_go': ('trainer.html#_let_go', 'unet_nbtrain/trainer.py')},
             'unet_nbtrain.transforms': { 'unet_nbtrain.transforms._joined': ('transforms.html#_joined', 'unet_nbtrain/transforms.py'),
                                          'unet_nbtrain.transforms._planes': ('transforms.html#_planes', 'unet_nbtrain/transforms.py'),
@@ -1552,4 +1555,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unet_nbtrain.writer._Line.__init__': ('writer.html#_line.__init__', 'unet_nbtrain/writer.py'),
                                      'unet_nbtrain.writer._Line._start': ('writer.html#_line._start', 'unet_nbtrain/writer.py'),
                                      'unet_nbtrain.writer._Line._work': ('writer.html#_line._work', 'unet_nbtrain/writer.py'),
+                                     'unet_nbtrain.writer._Line._work_off': ('writer.html#_line._work_off', 'unet_nbtrain/writer.py'),
                                      'unet_nbtrain.writer._Line.is_busy': ('writer.html#_line.is_busy', 'unet_nbtrain/writer.py')}}}

@@ -6,9 +6,11 @@
 __all__ = ['STATES', 'ENDED', 'Command', 'Run', 'interrupt_stops']
 
 # %% ../nbs/10_control.ipynb #cea9213b
+import atexit
 import signal
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -193,6 +195,19 @@ class _Obedient(_Clockwork):
         command.settle(True, step, message)
         self._tell()
 
+# %% ../nbs/10_control.ipynb #895ed91a
+_aside, _LAST_SECONDS = weakref.WeakSet(), 5.0
+
+
+@atexit.register
+def _stop_all(aside=_aside):
+    "The end of the process is a Stop for all runs in the background"
+    runs = [run for run in list(aside) if not run.ended]
+    for run in runs:
+        run.stop()
+    for run in runs:
+        run.wait(_LAST_SECONDS)
+
 # %% ../nbs/10_control.ipynb #754d75cc
 class Run(_Obedient):
     """A training run: `pause`, `resume`, `stop`, `save`, `set` and `wait` from outside; `begin`, `obey` and `finish` for the loop.
@@ -202,6 +217,8 @@ class Run(_Obedient):
 
     def begin(self) -> None:
         "The loop starts."
+        if threading.current_thread() is not threading.main_thread():
+            _aside.add(self)
         self._enter("running")
         self._tell()
 
@@ -238,7 +255,8 @@ def interrupt_stops(
 ) -> Iterator[list[str]]:  # What interrupts did, `'stop'` for each that stopped the run; grows while the context lasts
     """While this context lasts, the first SIGINT (Ctrl+C, kernel interrupt) stops the run in good order; a second one raises `KeyboardInterrupt`.
 
-    While the run is ending, which takes as long as its last file, only the third one raises.
+    While the run is ending, which takes as long as its last file, only the third one raises. SIGTERM, unless somebody
+    handles it already, stops the run too, and ends the process afterwards.
     """
     heard = []
     if threading.current_thread() is not threading.main_thread():
@@ -247,13 +265,23 @@ def interrupt_stops(
 
     def handler(signum, frame):
         heard.append("ignored" if run.ending else "stop")
-        if heard == ["stop"]:
+        if heard.count("stop") == 1 and not run.ending:
             run.stop()
         elif not run.ending or heard.count("ignored") > 2:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, handler)
+    def end_of_process(signum, frame):
+        heard.append("end")
+        run.stop()
+
+    handlers = {signal.SIGINT: handler}
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        handlers[signal.SIGTERM] = end_of_process
+    before = {number: signal.signal(number, one) for number, one in handlers.items()}
     try:
         yield heard
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        for number, one in before.items():
+            signal.signal(number, signal.SIG_DFL if one is None else one)
+        if "end" in heard:
+            signal.raise_signal(signal.SIGTERM)

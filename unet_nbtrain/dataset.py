@@ -192,9 +192,6 @@ def demo_dataloaders(
     return tuple(make_loader(o, batch_size, i == 0, seed, num_workers) for i, o in enumerate(datasets))
 
 # %% ../nbs/06_dataset.ipynb #44e4b75d
-_CACHE_BYTES = 1_000_000_000
-
-
 def create_dataloaders(
     images: str | Path | Sequence[str | Path],  # Folder of images, or a list of files
     masks: str | Path | Sequence[str | Path],  # Folder of masks, or a list of files; may be the same folder
@@ -237,8 +234,7 @@ def create_dataloaders(
     headers = [_checked_header(*pair) for pair in pairs]
     sizes, n_channels = [resize or header[:2] for header in headers], common_channels({header.channels for header in headers})
     as_statistics(normalize, n_channels)
-    if foreground is not None:
-        check_foreground([mask for _, mask in pairs], foreground, colors)
+    check_foreground([mask for _, mask in pairs], foreground, colors)
     margin = common_size(pad, sizes)
     _check_sizes([sizes[i] for i in parts[0]], batch_size, window or margin)
     options |= dict(n_channels=n_channels, cache=_bytes(pairs, headers, resize) <= _CACHE_BYTES if cache == "auto" else cache)
@@ -261,6 +257,9 @@ def _find_pairs(images, masks, val, **naming):
     if twice:
         raise ValueError(f"val: {len(twice)} images are in the training and in the validation folder: {', '.join(str(o) for o in twice[:5])}.")
     return pairs + more, range(len(pairs), len(pairs) + len(more))
+
+
+_CACHE_BYTES = 1_000_000_000
 
 
 def _bytes(pairs, headers, resize):

@@ -269,10 +269,12 @@ def read_mask(
 # %% ../nbs/05_image_files.ipynb #b8d716cf
 def check_foreground(
     masks: Sequence[Path | np.ndarray],  # All masks of a set
-    foreground: int | Sequence[int],  # The value(s) to find
+    foreground: int | Sequence[int] | None,  # The value(s) to find; `None`: whatever is not 0, of which nothing is asked
     colors: Sequence | Mapping | None = None,  # For painted masks, as for `read_labels`
 ) -> None:
     "Raise `ValueError`, with the values found, where no mask has a pixel of the foreground."
+    if foreground is None:
+        return
     wanted, found = np.atleast_1d(foreground), {}
     for mask in masks:
         values = count_values(read_labels(mask, colors))

@@ -15,7 +15,7 @@ from .epoch import EpochMeter, batch_weight, loss_weights
 from .gate import Gate
 from .guard import is_out_of_memory
 from .saving import ResumableState
-from .steps import Steps
+from .steps import RolledBack, Steps
 
 # %% ../nbs/16_passes.ipynb #9d0aa4ef
 def _counted(loss, weight):
@@ -23,7 +23,7 @@ def _counted(loss, weight):
     return loss.where(weight > 0, 0) if torch.is_tensor(weight) else loss
 
 
-class _Forward(ResumableState, Steps, Gate):
+class _Forward(ResumableState, Gate, Steps):
     "One batch through the model"
 
     def _autocast(self):
@@ -147,7 +147,7 @@ class _Training(_Learning):
         self._within_memory(self._train_batches)
         self._look_at_bad_steps()
         if self._skipped and not self._train_meter.state_dict():
-            raise FloatingPointError(f"No step of epoch {self.current_epoch + 1} had a finite loss and gradient. The trainer is back at its last checkpoint.")
+            raise RolledBack(f"No step of epoch {self.current_epoch + 1} had a finite loss and gradient.")
         return self._train_meter.compute()
 
     def _train_batches(self):

@@ -49,8 +49,8 @@ _TOLD = {"loss": "the loss", "images": "training images", "batches": "batches an
 
 def _difference_table(rows):
     "A table of rows (what, saved, now), at most a dozen"
-    more = [[f"… and {len(rows) - 12} more", "", ""]] if len(rows) > 12 else []
-    return text_table(["", "in the file", "now"], [[str(o) for o in row] for row in rows[:12]] + more)
+    more = [(f"… and {len(rows) - 12} more", "", "")] if len(rows) > 12 else []
+    return text_table(["", "in the file", "now"], [list(map(str, row)) for row in rows[:12] + more])
 
 # %% ../nbs/14_restoring.ipynb #a2ebcd6d
 _SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum", "prev", "exp_inf", "ax"}
@@ -113,9 +113,8 @@ def _all_or_nothing(trainer, path) -> Iterator[None]:
     "If the body fails, put back what it has changed, but for the weights, and say which file it was"
     parts = [part for part in (trainer.early_stopping, trainer.scheduler, trainer.scaler) if part is not None]
     states = [(part, copy.deepcopy(part.state_dict())) for part in parts]
-    attributes, optimizer = dict(vars(trainer)), trainer.optimizer
-    record, entries, groups = trainer.history.state_dict(), optimizer.state, optimizer.param_groups
-    meter, norms = trainer._train_meter.state_dict(), trainer._norms.state_dict()
+    attributes, optimizer, record = dict(vars(trainer)), trainer.optimizer, trainer.history.state_dict()
+    entries, groups, meter, norms = optimizer.state, optimizer.param_groups, trainer._train_meter.state_dict(), trainer._norms.state_dict()
     try:
         yield
     except Exception as error:
@@ -200,12 +199,11 @@ class _Best(_Putting):
 
     def _load_best(self, state, path):
         "The best weights, from wherever they are"
-        best, self.best_weights = self.early_stopping.best_epoch, BestWeights()
+        best, folder, self.best_weights = self.early_stopping.best_epoch, CheckpointFolder(path.parent), BestWeights()
         if best is None:
             return
         if state.get("carries_best") or _is_of(state, best):
             return self.best_weights.load_state_dict(state["model_state_dict"])
-        folder = CheckpointFolder(path.parent)
         for candidate in (folder.best, folder.numbered("epoch", best), folder.numbered("top", best)):
             try:
                 found = load_file(candidate)

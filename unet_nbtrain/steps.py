@@ -127,15 +127,15 @@ class Steps(_Stepping):
                 if self._gone_back.count((epoch, first)) == 1:
                     raise RolledBack(text)
             if in_a_row >= self.nonfinite_limit:
-                raise FloatingPointError(
-                    f"{in_a_row} steps in a row had no finite loss or gradient. {text} Lower the learning rate (now {self.learning_rate:g}) or set "
-                    "trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
-                )
+                raise RolledBack(f"{in_a_row} steps in a row had no finite loss or gradient. {text}")
             if self._skipped <= _NAMED:
                 self._report(f"{text} It was skipped: the weights are those from before it.")
 
-    def _tell_skipped(self):
-        "How many steps of the epoch were skipped, for its row; those that were not named one by one are told"
+    def _tell_skipped(self, row):
+        "How many steps of the epoch were skipped, for its row; those that were not named one by one are told, and a gradient that is zero"
+        before = self.history.rows[-1:]
+        if row["grad_norm"] == 0 and not self._skipped and not any(old.get("grad_norm") == 0 for old in before):
+            self._report(f"The gradient of epoch {self.current_epoch + 1} is zero, so nothing is learned. Is a part of the loss detached, or saturated?", False)
         if self._skipped > _NAMED:
             self._report(f"{self._skipped} steps of epoch {self.current_epoch + 1} were skipped, since their loss or gradient was NaN or infinite.")
         return {"skipped_steps": self._skipped} if self._skipped else {}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .control import Run, interrupt_stops
-from .core import exact_kernels
+from .core import exact_kernels, length_of
 from .files import to_plain
 from .gate import Stopped
 from .guard import BadSteps, is_out_of_memory
@@ -24,7 +24,7 @@ from .history import History
 from .losses import create_loss_function
 from .optimizers import create_optimizer
 from .passes import Passes
-from .schedulers import create_scheduler, step_scheduler
+from .schedulers import create_scheduler, scheduler_length, step_scheduler
 from .settings import check_setting
 from .steps import RolledBack
 
@@ -79,6 +79,8 @@ class _GoingBack(_Epochs):
     "What becomes of a run whose numbers are bad"
 
     def _require_finite(self, loss):
+        if self._train_meter.loss.weight is not None and self._train_meter.loss.weight == 0:
+            raise ValueError("No pixel of the training masks counts: each is ignored, or its class has the weight 0. Look at describe_masks(train_loader).")
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (now {self.learning_rate:g}) "
@@ -91,7 +93,10 @@ class _GoingBack(_Epochs):
             raise FloatingPointError(f"{cause} The trainer is back at its last checkpoint.")
         self._rollbacks += 1
         if self._rollbacks > _MOST_ROLLBACKS:
-            raise FloatingPointError(f"{cause} The run has gone back {_MOST_ROLLBACKS} times without getting past this. The trainer is back at its last checkpoint.")
+            raise FloatingPointError(
+                f"{cause} The run went back {_MOST_ROLLBACKS} times and did not get past this. Look for broken images, lower the learning rate "
+                f"(now {self.learning_rate:g}) or set trainer.gradient_clip_norm = 1.0. The trainer is back at its last checkpoint."
+            )
         rate = self.learning_rate
         self._roll_back()
         self._bad_steps, self._poisoned = BadSteps(), ""
@@ -112,7 +117,7 @@ class _EpochEnds(_GoingBack):
         seconds = self._epoch_seconds()
         row |= {"seconds": seconds, "images_per_second": self._speed, "data_wait": min(self._waited / max(seconds, 1e-9), 1.0)}
         row["grad_norm"] = self._norms.compute()
-        row |= self._tell_skipped() | ({"bad_samples": bad} if bad else {})
+        row |= self._tell_skipped(row) | ({"bad_samples": bad} if bad else {})
         row = to_plain(row, f"the numbers of epoch {row['epoch']}")
         self._stepping = True
         row["best"] = self.early_stopping.update(self.early_stopping.value_of(row), row["epoch"])
@@ -207,8 +212,17 @@ class _Life(_Endings):
         self._recall_last()
         if self.global_step == 0:
             self._save()
+        self._tell_schedule()
         self.observers.notify("on_run_start", self)
         run.begin()
+
+    def _tell_schedule(self):
+        "A schedule that ends long before the training, or goes on long after it, is probably a slip"
+        length, batches = scheduler_length(self.scheduler), length_of(self.train_loader)
+        steps = -(-batches // self.accumulate_gradients) if batches else None
+        planned = self.total_epochs * (steps or 0) if self._unit == "step" else self.total_epochs
+        if length is not None and planned and not 0.5 < length / planned < 1.2:
+            _log.warning("The schedule is made for %d %ss, the training has %d.", length, self._unit, planned)
 
 # %% ../nbs/17_trainer.ipynb #935a7bf9
 class _Beginnings(_Life):

@@ -91,14 +91,19 @@ class _Line:
                     self._changed.wait()
                 if self._waiting is None:
                     return
-                self._busy, self._waiting = self._waiting, None
-                self._changed.notify_all()
-            self._busy.run()
-            with self._changed:
-                self._free.append(self._busy.copy)
-                self.finished.append(self._busy)
-                self._busy = None
-                self._changed.notify_all()
+            self._work_off()
+
+    def _work_off(self):
+        "The job that waits"
+        with self._changed:
+            self._busy, self._waiting = self._waiting, None
+            self._changed.notify_all()
+        self._busy.run()
+        with self._changed:
+            self._free.append(self._busy.copy)
+            self.finished.append(self._busy)
+            self._busy = None
+            self._changed.notify_all()
 
     @property
     def is_busy(self) -> bool:  # Also while one only waits
@@ -106,9 +111,15 @@ class _Line:
         return self._waiting is not None or self._busy is not None
 
     def _start(self):
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="unet-writer", daemon=True)
-            self._thread.start()
+        "Have a thread; where there can be none, as when Python is ending, the job is done here"
+        if self._thread is not None:
+            return
+        thread = threading.Thread(target=self._work, name="unet-writer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return self._work_off()
+        self._thread = thread
 
 # %% ../nbs/12_writer.ipynb #6f184feb
 class Writer(_Line):
@@ -132,8 +143,8 @@ class Writer(_Line):
         job.state = job.copy.take(state)
         with self._changed:
             self._waiting = job
-            self._start()
             self._changed.notify_all()
+        self._start()
         return job
 
     def collect(self) -> list[Job]:  # Oldest first

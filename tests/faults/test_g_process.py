@@ -131,14 +131,14 @@ new_trainer(sys.argv[1], tell, At("on_batch_end", 1, lambda trainer: time.sleep(
 
 
 def test_091_terminated(tmp_path, start):
-    """SIGTERM, as a cluster or a kernel's shutdown sends it: the run ends, the newest checkpoint is at most one interval old, and goes on"""
+    """SIGTERM, as a cluster or a kernel's shutdown sends it: the run stops, saves its last step, and can go on from there"""
     process = start(TERMINATED)
     process.until_it_prints()
     process.send(signal.SIGTERM)
-    assert process.wait() in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM
     done = max(int(line) for line in process.text().splitlines() if line.isdecimal())
     step = last(tmp_path)["global_step"]
-    assert step >= done - 2
+    assert step >= done
     epochs = step // 5 + 2
     resumed = new_trainer(str(tmp_path))
     resumed.train(epochs, resume="last")
@@ -219,7 +219,6 @@ print("leaving")
 """
 
 
-@pytest.mark.xfail(strict=False, reason="a background run is not ended at exit; its thread may abort the interpreter in C++ code")
 def test_096_the_interpreter_ends_while_a_training_runs(tmp_path, start):
     process = start(LEFT)
     assert process.wait() == 0 and process.text().strip() == "leaving"
