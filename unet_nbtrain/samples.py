@@ -14,7 +14,7 @@ import sys
 import traceback
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from numbers import Integral
 from typing import NamedTuple
 

@@ -11,7 +11,6 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -97,8 +96,10 @@ class _Quiet:
         self.handler = handler
 
     def __call__(self, number, frame):
-        with suppress(RuntimeError):
+        try:
             self.handler(number, frame)
+        except RuntimeError:
+            return  # The loader's own look at its workers finds out, between two batches
 
 
 def _hush(on):
@@ -206,12 +207,12 @@ class _ByIndex(_Indexed):
             return self.sampler.batches(epoch, start)
         return _after(self.sampler.batches(epoch) if self.ours else self._drawn(epoch), start, epoch)
 
-    def _drawn(self, epoch):
+    def _drawn(self, epoch, source=None):
         "All batches of an epoch, from a sampler that is not ours"
         for chunk in itertools.count():
             with self._randomness.kept():
                 self._randomness.seed(self.seed, "order", epoch, chunk)
-                source = _announced(self.sampler, self.samplers, epoch) if chunk == 0 else source
+                source = source or _announced(self.sampler, self.samplers, epoch)
                 batches = list(itertools.islice(source, _CHUNK))
             yield from ([o] for o in batches) if self.single else batches
             if len(batches) < _CHUNK:

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from unet_nbtrain import UNet, UNetTrainer, create_dataloaders
-from unet_nbtrain.feeding import Feed
 from unet_nbtrain.image_files import read_image, read_mask
 from unet_nbtrain.sampling import make_loader
 from unet_nbtrain.sources import BadSample
@@ -78,10 +77,10 @@ def until(condition, seconds=60):
         time.sleep(0.02)
 
 
-def broken(*indices, error=OSError("image file is truncated")):
+def broken(*indices, error=None):
     def act(index):
         if index in indices:
-            raise error
+            raise error or OSError("image file is truncated")
 
     return act
 
@@ -172,7 +171,7 @@ def test_031_a_batch_of_damaged_images_does_not_come(tmp_path):
     for stop in (None, 4):
         trainer = trainer_of(tmp_path / str(stop), loader_of(broken(2, 3)))
         if stop:
-            trainer.observers.add(type("Stop", (), {"on_batch_end": lambda self, t, loss: t.global_step == stop and t.run.stop()})())
+            trainer.observers.add(type("Stop", (), {"on_batch_end": lambda self, t, loss, stop=stop: t.global_step == stop and t.run.stop()})())
         trainer.train(2)
         if stop:
             trainer = trainer_of(tmp_path / str(stop), loader_of(broken(2, 3)))

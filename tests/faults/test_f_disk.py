@@ -19,8 +19,6 @@ from unet_nbtrain.checkpoint import CheckpointFolder, load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NOT_HERE = {83: "a target that another process keeps open refuses a rename on Windows only; here the refusal is simulated"}
-
 
 def state(epoch):
     return {"model_state_dict": Net().state_dict(), "epoch": epoch}
