@@ -88,7 +88,37 @@ def plot_history(
     return curves.figure
 
 # %% ../nbs/08_plots.ipynb #5f42cfbf
-class LiveCurves:
+class _Blitting:
+    "A figure on a canvas, drawn with as little work as its changes allow"
+
+    _background, full_draws, blits = None, 0, 0
+
+    def _encoded(self):
+        "The canvas as a PNG of 256 colours"
+        canvas, out = self._curves.canvas, io.BytesIO()
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
+        image.quantize(palette=_PALETTE, dither=Image.Dither.NONE).save(out, "png", compress_level=1)
+        return out.getvalue()
+
+    def _draw(self, background, labels):
+        "Bring the canvas up to date, with as little drawing as these changes allow"
+        curves, fresh = self._curves, background or self._background is None
+        if fresh:
+            curves.canvas.draw()
+            self._background = curves.canvas.copy_from_bbox(curves.figure.bbox)
+        if fresh or labels:
+            self._layer(self._background, curves.labels.values())
+            self._labelled = curves.canvas.copy_from_bbox(curves.figure.bbox)
+        self._layer(self._labelled, [curves.band, *curves.lines.values()])
+        self.full_draws, self.blits = self.full_draws + fresh, self.blits + (not fresh)
+
+    def _layer(self, below, artists):
+        self._curves.canvas.restore_region(below)
+        for artist in artists:
+            artist.axes.draw_artist(artist)
+
+# %% ../nbs/08_plots.ipynb #a2cca721
+class LiveCurves(_Blitting):
     "The curves of a running training as PNG bytes; for use in one thread. `full_draws` and `blits` count what was done."
 
     def __init__(
@@ -97,7 +127,7 @@ class LiveCurves:
         dpi: float = 180,  # Dots per inch; shown at half size the picture is sharp on any screen
         metric: str = "dice",  # Which score the second axes shows
     ):
-        self._size, self._dpi, self.look, self.full_draws, self.blits = size, dpi, Look(metric), 0, 0
+        self._size, self._dpi, self.look = size, dpi, Look(metric)
         self.show(Look(metric))
 
     def show(
@@ -127,30 +157,6 @@ class LiveCurves:
         total = float(place(total_epochs)) if total_epochs else None
         self._draw(*self._curves.update(self._lines, (place(x), y), events, total, self.look.unit(history)))
         return self._encoded()
-
-    def _encoded(self):
-        "The canvas as a PNG of 256 colours"
-        canvas, out = self._curves.canvas, io.BytesIO()
-        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
-        image.quantize(palette=_PALETTE, dither=Image.Dither.NONE).save(out, "png", compress_level=1)
-        return out.getvalue()
-
-    def _draw(self, background, labels):
-        "Bring the canvas up to date, with as little drawing as these changes allow"
-        curves, fresh = self._curves, background or self._background is None
-        if fresh:
-            curves.canvas.draw()
-            self._background = curves.canvas.copy_from_bbox(curves.figure.bbox)
-        if fresh or labels:
-            self._layer(self._background, curves.labels.values())
-            self._labelled = curves.canvas.copy_from_bbox(curves.figure.bbox)
-        self._layer(self._labelled, [curves.band, *curves.lines.values()])
-        self.full_draws, self.blits = self.full_draws + fresh, self.blits + (not fresh)
-
-    def _layer(self, below, artists):
-        self._curves.canvas.restore_region(below)
-        for artist in artists:
-            artist.axes.draw_artist(artist)
 
 # %% ../nbs/08_plots.ipynb #f616a4b3
 def plot_samples(
