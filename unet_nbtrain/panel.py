@@ -100,7 +100,7 @@ class _Commands(_Starting):
 
 # %% ../nbs/18_panel.ipynb #eceb1ca0
 class _Changes(_Commands):
-    "Settings, rewind, best weights, and what the buttons are wired to"
+    "Settings, rewind and best weights"
 
     def set(
         self,
@@ -146,6 +146,10 @@ class _Changes(_Commands):
             self._looked = -1e9
             self._watcher.ring()
 
+# %% ../nbs/18_panel.ipynb #51f42386
+class _Pressed(_Changes):
+    "The buttons"
+
     def _press(self, name):
         "What a button does; an error becomes a line in the panel"
         state = self.trainer.run.state if self.trainer.run is not None else "idle"
@@ -158,8 +162,8 @@ class _Changes(_Commands):
             if error is not self._check.error:
                 self._watcher.on_problem(self.trainer, f"{type(error).__name__}: {error}")
 
-# %% ../nbs/18_panel.ipynb #51f42386
-class TrainerPanel(_Changes):
+# %% ../nbs/18_panel.ipynb #e76eeea9
+class TrainerPanel(_Pressed):
     """The cockpit: start, pause, resume, stop and watch a training from the notebook, while the kernel stays free.
 
     `controls` holds the buttons by name: `'primary'` (Start, Pause, Resume, Continue), `'stop'`, `'save'`, `'best'`, `'more'`, `'rewind'`;
