@@ -70,6 +70,7 @@ class Session:
 
     def tab(self, title, index=0):
         self.panel(index).locator(".lm-TabBar-tab", has_text=title).click()
+        self.panel(index).scroll_into_view_if_needed()
         self.lab.page.wait_for_timeout(700)
 
     def until(self, text, index=0):
@@ -125,7 +126,7 @@ def tour(session):
     session.shot("11_new_kernel", 1)
     lab.run_cell(4)
     session.until("Traceback", 2)
-    session.panel(2).get_by_text("Traceback").click()
+    session.panel(2).locator("summary", has_text="Traceback").click()
     session.shot("12_failed", 2)
 
 

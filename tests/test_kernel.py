@@ -127,14 +127,21 @@ def test_buttons_steer_a_training(kernel, tmp_path):
 
 def test_what_the_saved_notebook_keeps(kernel, tmp_path):
     open_panel(kernel, tmp_path)
+    kernel.until(lambda: kernel.displays, "display of the panel")
     shown = kernel.displays[0][1]
     assert {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"} <= set(shown)
     kernel.run("setattr(panel, 'num_epochs', 1)")
     kernel.run("panel.start().wait(60)")
-    kernel.until(lambda: any(kind == "update_display_data" for kind, _ in kernel.displays), "refreshed picture")
-    final = [data for kind, data in kernel.displays if kind == "update_display_data"][-1]
+
+    def refreshed(part):
+        return [data for kind, data in kernel.displays if kind == "update_display_data" and part in data]
+
+    kernel.until(lambda: refreshed("image/png"), "refreshed picture")
+    final = refreshed("image/png")[-1]
     assert final["image/png"] != shown["image/png"]
     assert "finished, 1 of 1 epochs done" in final["text/plain"]
+    still = refreshed("text/html")[-1]["text/html"]
+    assert "unt-still" in still and "data:image/png;base64" in still and "<table" in still
 
 
 def test_click_works_while_a_cell_is_busy(kernel, tmp_path):

@@ -118,7 +118,7 @@ _MACHINE = (("seconds", "time of an epoch", format_duration), ("images_per_secon
 def numbers_html(
     history: object,  # The record of the run
     memory: str = "",  # From `memory_text`
-    patience: str = "",  # What is left of it, e.g. `'12 of 15 validations'`
+    patience: str = "",  # How much of it is used up, e.g. `'3 of 15'`
 ) -> str:
     "All numbers of the last and of the best epoch, of each class, and of the machine."
     last, best = (history.rows or [None])[-1], history.best
@@ -145,7 +145,7 @@ def _metrics_table(last, best):
 def _machine_table(last, memory, patience):
     "Speed, waiting, memory and patience"
     rows = [(title, show(last[name])) for name, title, show in _MACHINE if isinstance(last.get(name), int | float) and math.isfinite(last[name])]
-    rows += [("GPU memory", memory)] * bool(memory) + [("patience left", patience)] * bool(patience)
+    rows += [("GPU memory", memory)] * bool(memory) + [("patience used", patience)] * bool(patience)
     body = "".join(f"<tr><th>{html.escape(title)}</th><td>{html.escape(value)}</td></tr>" for title, value in rows)
     return f"<div><b>Machine</b><table>{body}</table></div>"
 

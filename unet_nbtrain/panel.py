@@ -7,6 +7,7 @@ __all__ = ['TrainerPanel']
 
 # %% ../nbs/18_panel.ipynb #da581bac
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ import torch
 from .control import Command, Run
 from .display import Display
 from .history import History
+from .report import inline_image, report_of_trainer
 from .restore import best_model, earlier_session, load_best, rewind
+from .samples import sample_sheet, sheet_words
 from .settings import check_setting
 from .trainer import UNetTrainer
 
@@ -163,7 +166,28 @@ class _Pressed(_Changes):
                 self._watcher.on_problem(self.trainer, f"{type(error).__name__}: {error}")
 
 # %% ../nbs/18_panel.ipynb #e76eeea9
-class TrainerPanel(_Pressed):
+class _Results(_Pressed):
+    "What comes out of a run"
+
+    def report(
+        self,
+        path: str | Path | None = None,  # Where to write; `None`: `report.html` in the run's folder
+    ) -> Path:  # The file
+        "Write the run as one HTML file: curves, numbers, predictions, data, settings. Raises `ValueError` without a place to write to, `OSError`."
+        samples, keeper, best = "", self._samples, self.history.best
+        if keeper.frames:
+            frame = keeper.at(best["epoch"] if best else keeper.frames[-1].epoch)
+            words = sheet_words(keeper, frame)
+            samples = inline_image(sample_sheet(keeper, frame, self.trainer.ignore_index), "Image, mask, prediction and errors of each sample", "webp") + words
+        data = [f"<h3>{phase}</h3>{report._repr_html_()}" for phase, report in self._check.reports.items()]
+        return report_of_trainer(self.trainer, path, data, samples, self._watcher.problems)
+
+    def best_model(self) -> torch.nn.Module:  # On the same device, in evaluation mode
+        "A copy of the model with the best weights so far, for the next cell; raises `ValueError` if there are none."
+        return best_model(self.trainer)
+
+# %% ../nbs/18_panel.ipynb #67c1413b
+class TrainerPanel(_Results):
     """The cockpit: start, pause, resume, stop and watch a training from the notebook, while the kernel stays free.
 
     `controls` holds the buttons by name: `'primary'` (Start, Pause, Resume, Continue), `'stop'`, `'save'`, `'best'`, `'more'`, `'rewind'`;
@@ -188,10 +212,6 @@ class TrainerPanel(_Pressed):
     def history(self) -> History:
         "The record of the training: one row an epoch."
         return self.trainer.history
-
-    def best_model(self) -> torch.nn.Module:  # On the same device, in evaluation mode
-        "A copy of the model with the best weights so far, for the next cell; raises `ValueError` if there are none."
-        return best_model(self.trainer)
 
     def wait(
         self,

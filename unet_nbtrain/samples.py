@@ -153,8 +153,6 @@ class PredictionsTab:
         self.slider = widgets.IntSlider(1, min=1, max=1, description="epoch", layout=widgets.Layout(width="min(520px, 95%)"))
         self.picture = widgets.Image(format="webp", layout=widgets.Layout(width="100%", max_width="1000px"))
         self.picture.add_class("unt-photo")
-        if self.picture.has_trait("tooltip"):
-            self.picture.tooltip = "Validation samples, a row each: image, mask, prediction, errors"
         heads = "".join(f"<span>{name}</span>" for name in COLUMNS)
         self.heads, self.words = widgets.HTML(f'<div class="unt-columns">{heads}</div>'), widgets.HTML()
         self.box = widgets.VBox([self.slider, self.heads, self.picture, self.words])

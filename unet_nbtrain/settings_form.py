@@ -161,6 +161,7 @@ class SettingsForm:
         self._lines = {name: _Line(name, setting_text(present_value(trainer, name, planned)), put) for name in FIELDS}
         self.fields = {name: line.field for name, line in self._lines.items()}
         self.button = widgets.Button(description="Apply", icon="check", tooltip="Send all changed fields, if all of them are right")
+        self.button.add_class("unt-apply")
         self.button.on_click(lambda _: self.apply())
         self._fixed = widgets.HTML(_fixed_html(fixed_settings(trainer)))
         self.box = widgets.VBox([*(line.box for line in self._lines.values()), self.button, self._fixed])

@@ -90,7 +90,7 @@ def earlier_runs(
 
 # %% ../nbs/16_tabs.ipynb #8ec38379
 _SMOOTH = {"as it is": 0.0, "a little": 0.6, "a lot": 0.9}
-_SCALE = {"automatic": None, "linear": False, "logarithmic": True}
+_SCALE = {"automatic": "auto", "linear": "linear", "logarithmic": "log"}
 _MARKS = "★ best · shaded: no better since · ┊ change · ▲ problem · ■ save · ❘ pause · ✕ stop"
 
 
@@ -113,11 +113,11 @@ class _Menus:
     "What can be chosen about the curves"
 
     def __init__(self, ring):
-        self.metric = self._menu("score", {"Dice": "dice", "IoU": "iou"}, "155px")
-        self.smooth = self._menu("smoothing", _SMOOTH, "160px")
-        self.scale = self._menu("loss axis", _SCALE, "170px")
-        self.axis = self._menu("along", {"epochs": False, "minutes": True}, "140px")
-        self.compare = self._menu("behind", {"nothing": ""}, "230px")
+        self.metric = self._menu("score", {"Dice": "dice", "IoU": "iou"}, "145px")
+        self.smooth = self._menu("smoothing", _SMOOTH, "150px")
+        self.scale = self._menu("loss axis", _SCALE, "165px")
+        self.axis = self._menu("along", {"epochs": False, "minutes": True}, "125px")
+        self.compare = self._menu("behind", {"nothing": ""}, "185px")
         self.all = (self.metric, self.smooth, self.scale, self.axis, self.compare)
         for menu in self.all:
             menu.observe(lambda change: ring(), "value")
@@ -130,7 +130,8 @@ class _Menus:
         return menu
 
     def look(self):
-        return Look(self.metric.value or "dice", self.smooth.value, self.scale.value, self.axis.value)
+        log = {"auto": None, "linear": False, "log": True}[self.scale.value]
+        return Look(self.metric.value or "dice", self.smooth.value, log, self.axis.value)
 
 
 def _offer(menu, choices):
@@ -154,8 +155,6 @@ class CurvesTab:
         self.menus, self._live, self._wanted, self._runs = _Menus(ring), LiveCurves(), None, {}
         self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.picture.add_class("unt-plot")
-        if self.picture.has_trait("tooltip"):
-            self.picture.tooltip = "Loss, score and learning rate; the numbers are in the tab Numbers"
         self.caption = widgets.HTML(f'<div class="unt-caption unt-soft">{_MARKS}</div>')
         self.box = widgets.VBox([self.menus.box, self.picture, self.caption])
 

@@ -246,10 +246,11 @@ body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:in
 .unt-pending{background-image:linear-gradient(45deg,rgba(255,255,255,.35) 25%,transparent 25% 50%,rgba(255,255,255,.35) 50% 75%,transparent 75%)!important;
   background-size:20px 20px!important;animation:unt-move 1s linear infinite}
 @keyframes unt-move{to{background-position:20px 0}} @media(prefers-reduced-motion:reduce){.unt-pending{animation:none}}
-.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin-top:2px} .unt-tabs .widget-tab-contents,.unt-tabs>.jupyter-widget-tab-contents{border:0;padding:6px 0 2px}
+.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin-top:2px} .unt-tabs>.widget-tab-contents{border:0!important;padding:8px 0 2px!important}
 .unt-tabs .lm-TabBar-tab.lm-mod-current,.unt-tabs .p-TabBar-tab.p-mod-current{font-weight:650}
 .unt-tabs :focus-visible{outline:3px solid #0072B2;outline-offset:-3px}
 .unt-menus{padding:0 10px;gap:2px 10px} .unt-caption{padding:0 14px 4px;font-size:12px} .unt-form{padding:4px 12px 8px}
+.unt-form .widget-hbox{align-items:center} .unt-form .unt-apply{margin-left:153px;width:110px} .unt-data b{display:block}
 .unt-number{width:175px} .unt-number .widget-label{width:95px!important} .unt-form table,.unt-data table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .unt-form th,.unt-form td{padding:2px 12px 2px 0;text-align:left;vertical-align:top;border:0} .unt-form tr{background:none!important}
 .unt-numbers{display:flex;flex-wrap:wrap;gap:10px 40px} .unt-log{max-height:340px;overflow:auto}
