@@ -25,7 +25,6 @@ _ADVICE = (
     ("CUDA error", "The device is in an unknown state. Restart the kernel; the panel then offers to go on from the last checkpoint."),
     ("FileNotFoundError", "A file was moved or removed. Put it back and press Continue."),
     ("not enough values", "The loaders must give pairs (images, masks), or dicts with these two keys."),
-    ("hold the values", "Masks hold class numbers from 0 on. Divide them, or compare them: masks > 0."),
 )
 
 

@@ -151,7 +151,7 @@ class PredictionsTab:
 
     def __init__(self):
         self.slider = widgets.IntSlider(1, min=1, max=1, description="epoch", layout=widgets.Layout(width="min(520px, 95%)"))
-        self.picture = widgets.Image(format="webp", layout=widgets.Layout(width="100%", max_width="1000px"))
+        self.picture = widgets.Image(format="webp", layout=widgets.Layout(width="100%", max_width="640px"))
         self.picture.add_class("unt-photo")
         heads = "".join(f"<span>{name}</span>" for name in COLUMNS)
         self.heads, self.words = widgets.HTML(f'<div class="unt-columns">{heads}</div>'), widgets.HTML()

@@ -254,7 +254,7 @@ body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:in
 .unt-number{width:175px} .unt-number .widget-label{width:95px!important} .unt-form table,.unt-data table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .unt-form th,.unt-form td{padding:2px 12px 2px 0;text-align:left;vertical-align:top;border:0} .unt-form tr{background:none!important}
 .unt-numbers{display:flex;flex-wrap:wrap;gap:10px 40px} .unt-log{max-height:340px;overflow:auto}
-.unt-columns{display:grid;grid-template-columns:repeat(4,1fr);max-width:1000px;font-weight:600} .unt-photo{image-rendering:auto}
+.unt-columns{display:grid;grid-template-columns:repeat(4,1fr);max-width:640px;font-weight:600} .unt-photo{image-rendering:auto}
 .unt-key{display:inline-block;width:11px;height:11px;border-radius:2px;margin-left:8px;vertical-align:-1px}
 .unt-still{display:none}
 .unt-spoken{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
