@@ -42,6 +42,7 @@ ALLOWED = {
     "controls": {"ipywidgets"},
     "samples": {"torch", "numpy", "PIL", "ipywidgets"},
     "tabs": {"ipywidgets"},
+    "trial": {"torch", "numpy", "ipywidgets"},
     "report": {"torch", "numpy", "matplotlib"},
     "settings_form": {"ipywidgets"},
     "view": set(),

@@ -29,6 +29,7 @@ from .restore import checkpoint_folder, earlier_session, list_checkpoints
 from .samples import PredictionsTab, SampleKeeper
 from .settings_form import SettingsForm
 from .tabs import CurvesTab, Tabs, TextTab, earlier_runs
+from .trial import TrialBox
 from .view import STYLE, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
 from .watcher import DataCheck, Pump, Watcher
 
@@ -110,10 +111,10 @@ class _Facts:
 
 # %% ../nbs/17_display.ipynb #6a72063f
 class _Boxed:
-    "A widget as a tab"
+    "Widgets as a tab"
 
-    def __init__(self, title, widget):
-        self.title, self.box = title, widgets.VBox([widget])
+    def __init__(self, title, *children):
+        self.title, self.box = title, widgets.VBox(children)
         self.box.add_class("unt-form")
 
 # %% ../nbs/17_display.ipynb #95786920
@@ -146,7 +147,8 @@ class _Tabbed(_Facts):
         tabs.add(self.form, lambda: self.form.paint(trainer, self.num_epochs))
         self.add_tab("Numbers", lambda: numbers_html(self._shown[1], memory_text(trainer.device), self._shown[0].waiting))
         tabs.add(self._menu, lambda: self._menu.paint(self._files, button_faces(self._shown[2])["rewind"].why_not))
-        tabs.add(_Boxed("Data", self._widgets.html["data"]), self._paint_data)
+        self._trial = TrialBox(trainer, lambda rate: put("lr", rate), self._watcher.ring)
+        tabs.add(_Boxed("Data", self._trial.box, self._widgets.html["data"]), self._paint_data)
         self.add_tab("Log", lambda: log_html(self._shown[1].events, self._watcher.problems))
 
     def add_tab(
@@ -165,6 +167,7 @@ class _Tabbed(_Facts):
             self._widgets.curves.paint(history, self._watcher.trace.read(), status.total)
 
     def _paint_data(self):
+        self._trial.paint()
         if self._check.wait(0) and not self._widgets.html["data"].value:
             self._widgets.html["data"].value = data_html(self._check.reports, self._check.error) or "The masks could not be looked at."
 
@@ -178,6 +181,8 @@ class _Messages(_Tabbed):
         failure = run.exception if run is not None and status.state == "failed" else None
         if self._check.wait(0) and self._check.error is not None:
             told.append(f"The masks cannot be right: {self._check.error}")
+        elif self._trial.error is not None and run is None:
+            told.append(f"The trial with one batch failed: {self._trial.error}")
         found = ""
         if moment.found:
             size = f" of {len(status.rows)} epochs" if status.rows else ""
@@ -191,10 +196,12 @@ class Display(_Messages):
 
     def _paint(self, with_picture, everything=False):
         "Bring all widgets up to the present moment"
+        run = self.trainer.run
+        ended = run is not None and run.ended and self._drawn_run is not run
+        self._looked = -1e9 if ended else self._looked
         moment = self._moment()
         status, html_of, record = read_status(self.trainer, self.num_epochs, self._watcher.begun_at), self._widgets.html, self._record(moment)
         status.rows = record.rows
-        ended = status.state in ("finished", "failed") and self._drawn_run is not self.trainer.run
         self._shown, self._with_picture, self._tick = (status, record, moment), with_picture or ended, self._tick + 1
         html_of["header"].value = header_html(status, self._tick)
         html_of["progress"].value, html_of["tiles"].value = progress_html(status), tiles_html(status)
@@ -226,6 +233,7 @@ class Display(_Messages):
                 self._pump = Pump(_Painter(self), self._watcher)
                 self._pump.start()
         self._check.begin()
+        self._trial.begin()
         text = spoken(read_status(self.trainer, self.num_epochs))
         if get_ipython() is None:
             return _log.info("%s There is no notebook here to show a panel in.", text)

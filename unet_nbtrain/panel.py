@@ -36,6 +36,7 @@ def _two_loaders(loaders):
 
 # %% ../nbs/18_panel.ipynb #2738e939
 _LOOK_SECONDS = 10  # How long Start waits for the look at the masks
+_TRIAL_SECONDS = 120  # And for a trial that is going on
 
 
 class _Starting(Display):
@@ -70,6 +71,7 @@ class _Starting(Display):
         return run
 
     def _require_good_masks(self):
+        self._trial.wait(_TRIAL_SECONDS)
         self._check.begin()
         if self.trainer.run is None and self._check.wait(_LOOK_SECONDS) and self._check.error is not None:
             raise self._check.error
