@@ -1191,6 +1191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'unet_nbtrain.tabs': { 'unet_nbtrain.tabs.CurvesTab': ('tabs.html#curvestab', 'unet_nbtrain/tabs.py'),
                                    'unet_nbtrain.tabs.CurvesTab.__init__': ('tabs.html#curvestab.__init__', 'unet_nbtrain/tabs.py'),
                                    'unet_nbtrain.tabs.CurvesTab._chosen': ('tabs.html#curvestab._chosen', 'unet_nbtrain/tabs.py'),
+                                   'unet_nbtrain.tabs.CurvesTab.is_waiting': ('tabs.html#curvestab.is_waiting', 'unet_nbtrain/tabs.py'),
                                    'unet_nbtrain.tabs.CurvesTab.offer': ('tabs.html#curvestab.offer', 'unet_nbtrain/tabs.py'),
                                    'unet_nbtrain.tabs.CurvesTab.paint': ('tabs.html#curvestab.paint', 'unet_nbtrain/tabs.py'),
                                    'unet_nbtrain.tabs.Tabs': ('tabs.html#tabs', 'unet_nbtrain/tabs.py'),

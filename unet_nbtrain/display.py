@@ -161,7 +161,7 @@ class _Tabbed(_Facts):
         self._widgets.tabs.add(tab, tab.paint)
 
     def _paint_curves(self):
-        if self._with_picture:
+        if self._with_picture or self._widgets.curves.is_waiting:
             status, history, _ = self._shown
             self._widgets.curves.offer(history, self._runs)
             self._widgets.curves.paint(history, self._watcher.trace.read(), status.total)

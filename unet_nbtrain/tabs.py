@@ -158,6 +158,11 @@ class CurvesTab:
         self.caption = widgets.HTML(f'<div class="unt-caption unt-soft">{_MARKS}</div>')
         self.box = widgets.VBox([self.menus.box, self.picture, self.caption])
 
+    @property
+    def is_waiting(self) -> bool:
+        "Whether somebody has chosen something that is not drawn yet."
+        return (self.menus.look(), self.menus.compare.value) != self._wanted
+
     def offer(
         self,
         history: object,  # The record so far, for its scores

@@ -240,7 +240,7 @@ body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:in
 .unt-data>div{display:flex;flex-wrap:wrap;gap:6px 28px;padding-top:6px;max-height:420px;overflow:auto}
 .unt-panel summary{cursor:pointer} .unt-panel summary:focus-visible{outline:3px solid #0072B2;outline-offset:2px}
 .unt-warn{background:#fff4ce;color:#4d3800} .unt-warn pre{white-space:pre-wrap;font-size:12px;max-height:300px;overflow:auto;color:inherit}
-.unt-quiet{background:var(--jp-layout-color2,#f6f7f9)} .unt-wrong{color:var(--jp-error-color0,#b3261e)} .unt-waits{font-style:italic}
+.unt-quiet{background:var(--jp-layout-color2,#f6f7f9)} .unt-wrong{color:var(--jp-error-color1,#b3261e)} .unt-waits{font-style:italic}
 .unt-panel .widget-html{height:auto} .unt-note{align-self:center;margin-left:6px;color:var(--jp-ui-font-color2,#57606a)}
 .unt-panel button:disabled{opacity:.45} .unt-panel button .fa{margin-right:6px}
 .unt-pending{background-image:linear-gradient(45deg,rgba(255,255,255,.35) 25%,transparent 25% 50%,rgba(255,255,255,.35) 50% 75%,transparent 75%)!important;
