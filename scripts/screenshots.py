@@ -122,6 +122,7 @@ def tour(session):
     session.shot("9_log")
     session.press("Stop")
     session.until("The best weights are in the model")
+    lab.page.wait_for_timeout(2000)  # At the end of a run the panel is rendered anew, once
     session.tab("Checkpoints")
     session.shot("7_checkpoints")
     session.tab("Curves")
