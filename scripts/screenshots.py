@@ -46,7 +46,7 @@ failing.start()""",
 def save_small(data, path):
     """The screenshot as a PNG in as many colours as fit into the limit; one with photographs as JPEG."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    for name, options in [(".png", {"colors": 256}), (".png", {"colors": 128}), *((".jpg", {"quality": quality}) for quality in (85, 75, 60))]:
+    for name, options in [(".png", {"colors": 256}), (".png", {"colors": 128}), *((".jpg", {"quality": quality}) for quality in (85, 75, 60, 45, 30))]:
         out = io.BytesIO()
         if "colors" in options:
             image.quantize(options["colors"], dither=Image.Dither.NONE).save(out, "png", optimize=True)
