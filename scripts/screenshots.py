@@ -46,17 +46,20 @@ failing.start()""",
 def save_small(data, path):
     """The screenshot as a PNG in as many colours as fit into the limit; one with photographs as JPEG."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    for name, options in [(".png", {"colors": 256}), (".png", {"colors": 128}), *((".jpg", {"quality": quality}) for quality in (85, 75, 60, 45, 30))]:
-        out = io.BytesIO()
-        if "colors" in options:
-            image.quantize(options["colors"], dither=Image.Dither.NONE).save(out, "png", optimize=True)
-        else:
-            image.save(out, "jpeg", **options)
-        if out.tell() <= MOST_BYTES:
-            break
+    tries = [(".png", {"colors": 256}), (".png", {"colors": 128}), *((".jpg", {"quality": quality}) for quality in (85, 75, 60, 45, 30, 20))]
+    found = next((suffix, made) for suffix, options in tries if len(made := _encoded(image, **options)) <= MOST_BYTES)
     for old in (".png", ".jpg"):
         path.with_suffix(old).unlink(missing_ok=True)
-    path.with_suffix(name).write_bytes(out.getvalue())
+    path.with_suffix(found[0]).write_bytes(found[1])
+
+
+def _encoded(image, colors=None, quality=None):
+    out = io.BytesIO()
+    if colors:
+        image.quantize(colors, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    else:
+        image.save(out, "jpeg", quality=quality)
+    return out.getvalue()
 
 
 class Session:
