@@ -47,7 +47,10 @@ def save_small(data, path):
     """The screenshot as a PNG in as many colours as fit into the limit; one with photographs as JPEG."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     tries = [(".png", {"colors": 256}), (".png", {"colors": 128}), *((".jpg", {"quality": quality}) for quality in (85, 75, 60, 45, 30, 20))]
-    found = next((suffix, made) for suffix, options in tries if len(made := _encoded(image, **options)) <= MOST_BYTES)
+    for suffix, options in tries:
+        found = suffix, _encoded(image, **options)
+        if len(found[1]) <= MOST_BYTES:
+            break
     for old in (".png", ".jpg"):
         path.with_suffix(old).unlink(missing_ok=True)
     path.with_suffix(found[0]).write_bytes(found[1])
