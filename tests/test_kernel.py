@@ -1,4 +1,5 @@
 """The panel in a real kernel, driven over its comms as a front end does, without a browser."""
+import os
 import queue
 import statistics
 import time
@@ -127,14 +128,21 @@ def test_buttons_steer_a_training(kernel, tmp_path):
 
 def test_what_the_saved_notebook_keeps(kernel, tmp_path):
     open_panel(kernel, tmp_path)
+    kernel.until(lambda: kernel.displays, "display of the panel")
     shown = kernel.displays[0][1]
     assert {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"} <= set(shown)
     kernel.run("setattr(panel, 'num_epochs', 1)")
     kernel.run("panel.start().wait(60)")
-    kernel.until(lambda: any(kind == "update_display_data" for kind, _ in kernel.displays), "refreshed picture")
-    final = [data for kind, data in kernel.displays if kind == "update_display_data"][-1]
+
+    def refreshed(part):
+        return [data for kind, data in kernel.displays if kind == "update_display_data" and part in data]
+
+    kernel.until(lambda: refreshed("image/png"), "refreshed picture")
+    final = refreshed("image/png")[-1]
     assert final["image/png"] != shown["image/png"]
     assert "finished, 1 of 1 epochs done" in final["text/plain"]
+    still = refreshed("text/html")[-1]["text/html"]
+    assert "unt-still" in still and "data:image/png;base64" in still and "<table" in still
 
 
 def test_click_works_while_a_cell_is_busy(kernel, tmp_path):
@@ -194,3 +202,38 @@ def test_interrupt_of_a_blocking_training_is_a_stop(kernel, tmp_path):
     assert kernel.run("panel.trainer.run.reason") == "'stopped by a command'"
     steps = int(kernel.run("panel.trainer.global_step"))
     assert steps > 0 and kernel.run("torch.load(panel.trainer.checkpoint_dir / 'last.pth')['global_step']") == str(steps)
+
+
+UPDATES = """
+import gc, torch
+from unet_nbtrain import TrainerPanel, UNet, demo_dataloaders
+loaders = demo_dataloaders(n_train=8, n_val=4, size=64, batch_size=4)
+panel = TrainerPanel(UNet(3, 1, width=8, depth=2), loaders, num_epochs=3, device="cpu", run_dir={run!r})
+panel.trainer.train(3)
+
+def resident():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 1e6
+
+def paint(count):
+    for i in range(count):
+        panel._watcher.trace.add(0.001 * (i % 900), torch.tensor(0.5 + 0.1 * (i % 7)))
+        panel._paint(True)
+
+panel._watcher.trace.limit = 200
+paint({warm})
+before = resident()
+paint({count})
+grown, picture = resident() - before, len(panel._widgets.picture.value)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_updates_do_not_pile_up(kernel, tmp_path):
+    """5,000 updates with PANEL_UPDATES=5000; CI does fewer. One picture stays below 60 kB"""
+    count = int(os.environ.get("PANEL_UPDATES", "150"))
+    kernel.run(UPDATES.format(run=str(tmp_path / "run"), warm=max(60, count // 10), count=count), timeout=1200)
+    assert float(kernel.run("grown")) < 5
+    assert int(kernel.run("picture")) < 60_000
+    assert kernel.run("'matplotlib.pyplot' in __import__('sys').modules and __import__('matplotlib.pyplot').pyplot.get_fignums()") in ("False", "[]")

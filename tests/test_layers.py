@@ -37,11 +37,19 @@ ALLOWED = {
     "tensorboard_logger": {"torch", "numpy", "tensorboard"},
     "loggers": {"torch", "numpy", "tqdm"},
     "figures": {"matplotlib"},
+    "curves": {"numpy", "matplotlib"},
     "inference": {"torch", "numpy", "PIL"},
     "plots": {"torch", "numpy", "PIL", "matplotlib"},
+    "controls": {"ipywidgets"},
+    "predictions": {"torch", "numpy", "PIL", "ipywidgets"},
+    "tabs": {"ipywidgets"},
+    "trial": {"torch", "numpy", "ipywidgets"},
+    "report": {"torch", "numpy", "matplotlib"},
+    "settings_form": {"ipywidgets"},
     "view": set(),
     "watcher": {"torch", "numpy", "IPython"},
-    "panel": {"torch", "numpy", "PIL", "ipywidgets", "IPython"},
+    "display": {"PIL", "ipywidgets", "IPython"},
+    "panel": {"torch"},
 }
 
 
@@ -113,7 +121,7 @@ def test_the_rules_can_fail():
     assert wrong_libraries("history", "import torch.nn, json") == ["torch"]
     assert wrong_libraries("control", "import numpy as np, threading") == ["numpy"]
     assert wrong_libraries("core", "from fastcore.all import *\nimport nbdev.export") == ["fastcore", "nbdev"]
-    assert wrong_libraries("panel", "import ipywidgets\nfrom IPython.display import display") == []
+    assert wrong_libraries("display", "import ipywidgets\nfrom IPython.display import display") == []
 
 
 def loaded_after(code):

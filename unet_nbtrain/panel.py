@@ -6,95 +6,22 @@
 __all__ = ['TrainerPanel']
 
 # %% ../nbs/18_panel.ipynb #da581bac
-import base64
-import io
 import logging
-import threading
+from pathlib import Path
 from typing import Any
 
-import ipywidgets as widgets
 import torch
-from IPython import get_ipython
-from IPython.display import display
-from PIL import Image
 
 from .control import Command, Run
+from .display import Display
 from .history import History
-from .plots import LiveCurves, plot_history, save_png
+from .report import inline_image, report_of_trainer
+from .restore import best_model, earlier_session, load_best, rewind
+from .predictions import sample_sheet, sheet_words
+from .settings import check_setting
 from .trainer import UNetTrainer
-from .view import STYLE, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
-from .watcher import DataCheck, Pump, Watcher
 
 _log = logging.getLogger(__name__)
-
-# %% ../nbs/18_panel.ipynb #934da73e
-def _free_clicks(widget):
-    "Let clicks be handled while a cell is busy (ipykernel 7.4 and later)"
-    if hasattr(getattr(widget, "comm", None), "_reply_subshell_for"):
-        widget.comm._reply_subshell_for = None
-
-# %% ../nbs/18_panel.ipynb #90811dc9
-def _still(png):
-    "A PNG in 64 colours, for the saved notebook"
-    out = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(64).save(out, "PNG", optimize=True)
-    return out.getvalue()
-
-# %% ../nbs/18_panel.ipynb #dcf056b6
-def _button(text, icon, tooltip, style=""):
-    "A button of the panel's size"
-    return widgets.Button(description=text, icon=icon, tooltip=tooltip, button_style=style, layout=widgets.Layout(width="128px"))
-
-
-class _Widgets:
-    "The pieces of the panel, and the box around them"
-
-    def __init__(self):
-        names = ("header", "progress", "tiles", "data", "message", "spoken")
-        self.html = {name: widgets.HTML() for name in names}
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
-        self.picture.add_class("unt-plot")
-        self.html["spoken"].add_class("unt-spoken")
-        self.controls = {
-            "primary": _button("Start", "play", "Train in the background; the kernel stays free", "primary"),
-            "stop": _button("Stop", "stop", "End after the present batch; the best weights go into the model"),
-            "save": _button("Save", "save", "Write a checkpoint after the present batch"),
-        }
-        buttons = widgets.HBox(list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
-        buttons.add_class("unt-buttons")
-        style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
-        order = [style, self.html["header"], buttons, self.html["progress"], self.picture]
-        self.box = widgets.VBox([*order, *(self.html[name] for name in ("tiles", "data", "message", "spoken"))])
-        self.box.add_class("unt-panel")
-        for control in self.controls.values():
-            _free_clicks(control)
-
-    def bundle(self, text):
-        "The panel for `display`: live where there are widgets, else the picture, else a sentence"
-        live = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        bundle = {"application/vnd.jupyter.widget-view+json": live, "text/plain": text}
-        if self.picture.value:
-            bundle["image/png"] = base64.b64encode(_still(self.picture.value)).decode()
-        return bundle
-
-# %% ../nbs/18_panel.ipynb #1e934cbd
-_PRIMARY = {
-    "idle": ("Start", "play", "Train in the background; the kernel stays free"),
-    "running": ("Pause", "pause", "Wait after the present batch; nothing is lost"),
-    "paused": ("Resume", "play", "Go on from the very batch"),
-    "stopping": ("Pause", "pause", "The run is stopping"),
-    "finished": ("Continue", "play", "Train on from the last state"),
-    "failed": ("Continue", "play", "Try again from the last good state"),
-}
-
-
-def _set_buttons(controls, state):
-    "Words, icons and availability of the buttons in a state"
-    text, icon, tooltip = _PRIMARY[state]
-    primary, active = controls["primary"], state in ("running", "paused")
-    for name, value in (("description", text), ("icon", icon), ("tooltip", tooltip), ("disabled", state == "stopping")):
-        setattr(primary, name, value)
-    controls["stop"].disabled = controls["save"].disabled = not active
 
 # %% ../nbs/18_panel.ipynb #376e37c1
 def _two_loaders(loaders):
@@ -107,107 +34,51 @@ def _two_loaders(loaders):
         return tuple(loaders)
     raise ValueError(f"loaders must be a pair (train_loader, val_loader) or a dict with 'train' and 'val'; got a {type(loaders).__name__}.")
 
-# %% ../nbs/18_panel.ipynb #4ba8b876
-def _keep_curves(trainer):
-    "At the end of a run: the curves as a file, drawn anew in full quality"
-    if trainer.run_dir:
-        save_png(plot_history(trainer.history), trainer.run_dir / "curves.png")
-
-
-class _Display:
-    "The showing side: widgets, pump and pictures"
-
-    def __init__(self, trainer, num_epochs):
-        self.trainer, self.num_epochs = trainer, num_epochs
-        self._widgets, self._watcher, self._curves = _Widgets(), Watcher(_keep_curves), LiveCurves()
-        self._handles, self._tick, self._lock = [], 0, threading.Lock()
-        self._pump = self._drawn_run = None
-        self._check = DataCheck(trainer, self._watcher.ring)
-        trainer.observers.add(self._watcher)
-        self._paint(True)
-
-    def _paint(self, with_picture):
-        "Bring all widgets up to the present moment"
-        status, watcher, html = read_status(self.trainer, self.num_epochs, self._watcher.begun_at), self._watcher, self._widgets.html
-        self._tick += 1
-        html["header"].value = header_html(status, self._tick)
-        html["progress"].value, html["tiles"].value = progress_html(status), tiles_html(status)
-        html["message"].value = message_html(status, watcher.problems)
-        html["spoken"].value = f'<span role="status" aria-live="polite">{spoken(status)}</span>'
-        if not html["data"].value and self._check.wait(0):
-            html["data"].value = data_html(self._check.reports, self._check.error)
-        _set_buttons(self._widgets.controls, status.state)
-        if with_picture:
-            self._widgets.picture.value = self._curves.png(self.trainer.history, watcher.trace.read(), status.total)
-        if with_picture and status.state in ("finished", "failed") and self._drawn_run is not self.trainer.run:
-            self._drawn_run = self.trainer.run
-            self._refresh_stills(status)
-
-    def _refresh_stills(self, status):
-        "After a run: what the saved notebook shows to a reader without a kernel"
-        for handle in self._handles:
-            handle.update(self._widgets.bundle(spoken(status)), raw=True)
-
-    def show(self) -> None:
-        "Display the panel here; any number of times, in any cell: all views show the same run."
-        with self._lock:
-            if self._pump is None:
-                self._pump = Pump(_Painter(self), self._watcher)
-                self._pump.start()
-        self._check.begin()
-        text = spoken(read_status(self.trainer, self.num_epochs))
-        if get_ipython() is None:
-            return _log.info("%s There is no notebook here to show a panel in.", text)
-        handle = display(self._widgets.bundle(text), raw=True, display_id=True)
-        if handle is not None:
-            self._handles.append(handle)
-
-    def _ipython_display_(self):
-        self.show()
-
-# %% ../nbs/18_panel.ipynb #f03e32e5
-class _Painter:
-    "What the pump calls: paints, and knows what the run is doing"
-
-    def __init__(self, panel):
-        self._panel = panel
-
-    def __call__(self, with_picture):
-        self._panel._paint(with_picture)
-
-    def alive(self):
-        run = self._panel.trainer.run
-        return run is not None and run.state in ("running", "paused", "stopping")
-
-    def busy(self):
-        run = self._panel.trainer.run
-        return run is not None and run.state == "running"
-
 # %% ../nbs/18_panel.ipynb #2738e939
 _LOOK_SECONDS = 10  # How long Start waits for the look at the masks
+_TRIAL_SECONDS = 120  # And for a trial that is going on
 
 
-class _Commands(_Display):
-    "The steering side: what the buttons do, callable from cells too"
+class _Starting(Display):
+    "Beginning a run, or going on with one"
 
-    def start(self) -> Run:  # The handle of the run
-        """Begin, or go on after the end. While a run is going on this changes nothing, so a cell with it may be run again.
+    def start(
+        self,
+        resume: bool = True,  # Whether to go on with what an earlier session has left in the run's folder; `False` begins anew, over it
+    ) -> Run:  # The handle of the run
+        """Begin, or go on. While a run is going on this changes nothing, so a cell with it may be run again.
 
         Raises `ValueError` before the first step if a look at the masks found something that cannot be right.
         """
         self._require_good_masks()
         with self._lock:
-            run = self.trainer.run
-            if run is None or run.ended:
-                left = self.trainer.total_epochs - self.trainer.current_epoch
+            run, left = self.trainer.run, self.trainer.total_epochs - self.trainer.current_epoch
+            if run is None and resume and earlier_session(self.trainer):
+                run = self.trainer.start(self.num_epochs, resume="last")
+            elif run is None or run.ended:
                 run = self.trainer.start(left if left > 0 else self.num_epochs)
         self._watcher.ring()
         return run
 
+    def train_more(
+        self,
+        epochs: int,  # How many more
+    ) -> Run:  # The handle of the run
+        "Train so many more epochs; raises `RuntimeError` while a run is going on."
+        with self._lock:
+            run = self.trainer.start(epochs)
+        self._watcher.ring()
+        return run
+
     def _require_good_masks(self):
+        self._trial.wait(_TRIAL_SECONDS)
         self._check.begin()
         if self.trainer.run is None and self._check.wait(_LOOK_SECONDS) and self._check.error is not None:
             raise self._check.error
+
+# %% ../nbs/18_panel.ipynb #09bc9b82
+class _Commands(_Starting):
+    "The steering side: what the buttons do, callable from cells too"
 
     def pause(self) -> Command:
         "Wait after the present batch."
@@ -225,30 +96,104 @@ class _Commands(_Display):
         "Write a checkpoint after the present batch."
         return self._command("save")
 
-    def _command(self, name):
+    def _command(self, name, *args):
         if self.trainer.run is None:
             raise RuntimeError(f"There is no training to {name}. Press Start, or call panel.start().")
-        command = getattr(self.trainer.run, name)()
+        command = self._asked.add(getattr(self.trainer.run, name)(*args))
         self._watcher.ring()
         return command
 
-    def _press_primary(self):
-        "The primary button: Start, Pause, Resume or Continue"
-        state = self.trainer.run.state if self.trainer.run is not None else "idle"
-        return {"running": self.pause, "paused": self.resume, "stopping": self.stop}.get(state, self.start)()
+# %% ../nbs/18_panel.ipynb #eceb1ca0
+class _Changes(_Commands):
+    "Settings, rewind and best weights"
 
-    def _safely(self, act):
+    def set(
+        self,
+        name: str,  # A live setting, e.g. `'lr'`, `'patience'`, `'epochs'`
+        value: object,  # Its new value
+    ) -> Command:  # Its `message` says what changed, or why not
+        "Change a setting: between two steps while a run goes on, else at once."
+        run = self.trainer.run
+        if run is not None and not run.ended:
+            return self._command("set", name, value)
+        command = self._asked.add(Command("set", name, value))
         try:
-            act()
+            command.settle(True, None, self._set_idle(name, value))
+        except ValueError as error:
+            command.settle(False, None, str(error))
+        self._watcher.ring()
+        return command
+
+    def _set_idle(self, name, value):
+        if name != "epochs" or self.trainer.run is not None:
+            return self.trainer.set(name, value)
+        before, self.num_epochs = self.num_epochs, check_setting(name, value)
+        return f"epochs {before} → {self.num_epochs}"
+
+    def rewind(
+        self,
+        name: str | None = None,  # A file in the run's folder of checkpoints, e.g. `'best_model.pth'`; `None`: the one selected in the panel
+    ) -> None:
+        "Make everything as it was in a checkpoint; raises `ValueError` while a run goes on or if the file does not fit."
+        self._here("rewind", lambda: rewind(self.trainer, name or self._menu.chosen))
+
+    def load_best(self) -> None:
+        "Put the best weights into the model; raises `ValueError` while a run goes on or if there are none."
+        self._here("best", lambda: load_best(self.trainer))
+
+    def _here(self, name, act):
+        "Do something in this thread, and tell what was done"
+        self._watcher.ring()
+        try:
+            with self._asked.doing(name) as said:
+                said.append(act())
+        finally:
+            self._looked = -1e9
+            self._watcher.ring()
+
+# %% ../nbs/18_panel.ipynb #51f42386
+class _Pressed(_Changes):
+    "The buttons"
+
+    def _press(self, name):
+        "What a button does; an error becomes a line in the panel"
+        state = self.trainer.run.state if self.trainer.run is not None else "idle"
+        primary = {"running": self.pause, "paused": self.resume, "stopping": self.stop}.get(state, self.start)
+        acts = {"primary": primary, "stop": self.stop, "save": self.save, "best": self.load_best, "rewind": self.rewind}
+        try:
+            acts.get(name, lambda: self.train_more(self._widgets.buttons.more.value))()
         except Exception as error:
             _log.exception("A button of the panel failed.")
-            self._watcher.on_problem(self.trainer, f"{type(error).__name__}: {error}")
+            if error is not self._check.error:
+                self._watcher.on_problem(self.trainer, f"{type(error).__name__}: {error}")
 
-# %% ../nbs/18_panel.ipynb #eceb1ca0
-class TrainerPanel(_Commands):
+# %% ../nbs/18_panel.ipynb #e76eeea9
+class _Results(_Pressed):
+    "What comes out of a run"
+
+    def report(
+        self,
+        path: str | Path | None = None,  # Where to write; `None`: `report.html` in the run's folder
+    ) -> Path:  # The file
+        "Write the run as one HTML file: curves, numbers, predictions, data, settings. Raises `ValueError` without a place to write to, `OSError`."
+        samples, keeper, best = "", self._samples, self.history.best
+        if keeper.frames:
+            frame = keeper.at(best["epoch"] if best else keeper.frames[-1].epoch)
+            words = sheet_words(keeper, frame)
+            samples = inline_image(sample_sheet(keeper, frame, self.trainer.ignore_index), "Image, mask, prediction and errors of each sample", "webp") + words
+        data = [f"<h3>{phase}</h3>{report._repr_html_()}" for phase, report in self._check.reports.items()]
+        return report_of_trainer(self.trainer, path, data, samples, self._watcher.problems)
+
+    def best_model(self) -> torch.nn.Module:  # On the same device, in evaluation mode
+        "A copy of the model with the best weights so far, for the next cell; raises `ValueError` if there are none."
+        return best_model(self.trainer)
+
+# %% ../nbs/18_panel.ipynb #67c1413b
+class TrainerPanel(_Results):
     """The cockpit: start, pause, resume, stop and watch a training from the notebook, while the kernel stays free.
 
-    `controls` holds the buttons by name: `'primary'` (Start, Pause, Resume, Continue), `'stop'`, `'save'`.
+    `controls` holds the buttons by name: `'primary'` (Start, Pause, Resume, Continue), `'stop'`, `'save'`, `'best'`, `'more'`, `'rewind'`;
+    `form.fields` the live settings, `add_tab` adds a tab of yours.
     Raises `ValueError` for loaders that are not a pair or a mapping, or when both or neither of model and trainer are given.
     """
 
@@ -262,10 +207,8 @@ class TrainerPanel(_Commands):
     ):
         if (trainer is None) == (model is None or loaders is None) or (trainer is not None and trainer_options):
             raise ValueError("Give either model and loaders (with options for the trainer), or trainer alone.")
-        super().__init__(trainer or UNetTrainer(model, *_two_loaders(loaders), **trainer_options), num_epochs)
+        super().__init__(trainer or UNetTrainer(model, *_two_loaders(loaders), **trainer_options), num_epochs, self._press, self.set)
         self.controls = self._widgets.controls
-        for name, act in (("primary", self._press_primary), ("stop", self.stop), ("save", self.save)):
-            self.controls[name].on_click(lambda _, act=act: self._safely(act))
 
     @property
     def history(self) -> History:

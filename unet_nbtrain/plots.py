@@ -11,146 +11,23 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .figures import COLORS, FONT, HALO, LEGEND_FONT, Picture, save_png, tidy
+from .curves import LINE, TITLES, EvenTicks, Look, RunFigure
+from .figures import COLORS, FONT, LEGEND_FONT, Picture, save_png, tidy
 from .overlays import CLASS_COLORS, ERROR_COLORS, compare_labels, sample_rows, tile, to_labels
-from .scales import clear_spot, even_tick_texts, fit_ranges, fit_right, fit_score_range, ink_palette, mark_texts, run_lines, thin, tick_text
+from .scales import fit_score_range, ink_palette, run_lines, thin, tick_text
 
 # %% ../nbs/08_plots.ipynb #238c436c
 _all_ = ["save_png"]
-_INK, _FAINT, _VAL = COLORS["ink"], COLORS["faint"], COLORS["val"]
-_LINE = {"linewidth": 1.8, "linestyle": "-", "markersize": 4.4, "markeredgecolor": "white", "markeredgewidth": 0.6,
-         "solid_capstyle": "round", "solid_joinstyle": "round", "antialiased": True}
+_INK = COLORS["ink"]
 _PALETTE = Image.new("P", (1, 1))
 _PALETTE.putpalette(ink_palette(list(COLORS.values())))
-_STYLES = {
-    "train": {**_LINE, "color": COLORS["train"], "marker": "o", "zorder": 4},
-    "val": {**_LINE, "color": _VAL, "marker": "D", "zorder": 5},
-    "best": {**_LINE, "color": _VAL, "marker": "*", "zorder": 7, "markersize": 14, "linestyle": "none"},
-    "lr": {**_LINE, "color": COLORS["rate"], "marker": None, "zorder": 4, "drawstyle": "steps-pre"},
-    "batch": {**_LINE, "color": COLORS["train"], "marker": None, "zorder": 2, "linewidth": 0.7, "alpha": 0.3},
-}
-_TITLES = {"dice": "Dice", "iou": "IoU", "accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "dice_per_image": "Dice per image"}
-
-
-class _EvenTicks(FuncFormatter):
-    "Labels with equal decimals, for a linear axis"
-
-    def format_ticks(self, values):
-        return even_tick_texts(values)
-
-# %% ../nbs/08_plots.ipynb #63b9f9f6
-class _Canvas:
-    "The figure of a run with its artists, empty; `animated` leaves the moving ones out of a full draw"
-
-    def __init__(self, size, dpi, metrics, animated, classes=False, batches=True):
-        self.metrics, wide = metrics, 1 + len(metrics)
-        width, height = size or (6.4 - 2 * (not metrics) + 4.1 * (len(metrics) + 1.3 * bool(classes)), 3.1)
-        self.figure = Picture((width, height), dpi)
-        self.canvas = FigureCanvasAgg(self.figure)
-        grid = self.figure.add_gridspec(1, wide + 1 + bool(classes), width_ratios=[1] * wide + [1.4] * bool(classes) + [0.46],
-                                        left=0.546 / width, right=1 - 0.105 / width, bottom=0.17, top=0.865, wspace=0.2)
-        self.axes = [self.figure.add_subplot(cell) for cell in grid]
-        self.class_axes = self.axes.pop(wide) if classes else None
-        self.names = ["Loss", *(_TITLES.get(metric, metric) for metric in metrics), "Learning rate"]
-        self.titles = [tidy(ax, title, bins) for ax, title, bins in zip(self.axes, self.names, (*[8] * wide, 4))]
-        home = {"loss": self.axes[0], **dict(zip(metrics, self.axes[1:])), "lr": self.axes[-1], "batch": self.axes[0]}
-        names = ["batch", *(f"{kind}.{name}" for kind in ("train", "val", "best") for name in ("loss", *metrics)), "lr"]
-        self.lines = {name: home[name.split(".", 1)[-1]].add_line(Line2D([], [], **_STYLES[name.split(".")[0]], animated=animated)) for name in names}
-        band = {"transform": self.axes[0].get_xaxis_transform(), "facecolor": _VAL, "edgecolor": "none", "linewidth": 0, "alpha": 0.07, "zorder": 1}
-        self.band = self.axes[0].add_patch(Rectangle((0, 0), 0, 1, animated=animated, **band))
-        pointer = {"arrowstyle": "-", "color": _VAL, "linewidth": 0.8, "shrinkA": 4, "shrinkB": 7}
-        label = {"color": _VAL, "fontsize": 8.5, "ha": "center", "va": "center", "path_effects": HALO, "zorder": 8, "animated": animated, **FONT}
-        self.labels = {name: home[name].annotate("", (0, 0), (0.5, 0.5), textcoords="axes fraction", arrowprops=pointer, **label) for name in ("loss", *metrics)}
-        self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=COLORS["hint"], fontsize=9.5, **FONT)
-                      for ax in self.axes]
-        told = {"train": "train", "val": "validation", **({"batch": "each batch"} if batches else {})}
-        self.axes[0].legend(
-            handles=[Line2D([], [], **_STYLES[kind], label=label) for kind, label in told.items()], loc="lower right", bbox_to_anchor=(1, 0.995), ncols=3, frameon=False, prop={**LEGEND_FONT, "size": 8.5}, labelcolor=_FAINT,
-            handlelength=1.4, handleheight=0.7, handletextpad=0.4, columnspacing=0.9, borderpad=0.2, borderaxespad=0.1, labelspacing=0.5,
-            numpoints=1, markerscale=1)
-
-    def _name_best(self, now):
-        "The labels of the stars, and the band from the best epoch to now; returns what the labels say, and where"
-        for name, label in self.labels.items():
-            star = self.lines[f"best.{name}"]
-            label.set_visible(len(star.get_xdata()) > 0)
-            if label.get_visible():
-                label.xy = star.get_xdata()[0], star.get_ydata()[0]
-                label.set_text(f"best {label.xy[1]:.3f}" if 5e-3 <= abs(label.xy[1]) < 1e4 else f"best {tick_text(label.xy[1])}")
-                place = (star.axes.transData - star.axes.transAxes).transform
-                lines = [line.get_xydata() for key, line in self.lines.items() if line.axes is star.axes and not key.startswith("best")]
-                label.set_position(clear_spot(place(label.xy), place(np.concatenate(lines)), name == "loss", label.get_position()))
-        best = self.lines["best.loss"].get_xdata()
-        self.band.set_bounds(best[0] if len(best) else 0, 0, now - best[0] if len(best) else 0, 1)
-        return [(label.get_visible(), label.get_text(), label.xy, label.get_position()) for label in self.labels.values()]
-
-# %% ../nbs/08_plots.ipynb #4207f66c
-def _draw_marks(axes, events, right):
-    "Artists for the marks of a run, on each of these axes; texts on the first"
-    artists = []
-    for event in events:
-        for ax in axes:
-            place = {"transform": ax.get_xaxis_transform(), "zorder": 3}
-            if event["kind"] == "problem":
-                style = {**_LINE, "color": COLORS["problem"], "marker": "^", "markersize": 6.5, "clip_on": False}
-                artists.append(ax.add_line(Line2D([event["epoch"]], [0], **place, **style)))
-            elif event["kind"] in ("set", "resumed"):
-                style = {"color": _FAINT, "linewidth": 1.0, "linestyle": (0, (1.1, 1.8)), "dash_capstyle": "butt"}
-                artists.append(ax.add_line(Line2D([event["epoch"]] * 2, [0, 1], **place, **style)))
-    for x, text, late in mark_texts(events, right):
-        artists.append(axes[0].annotate(
-            text, (x, 1), (-4 if late else 4, -1), xycoords=axes[0].get_xaxis_transform(), textcoords="offset points", va="top",
-            ha="right" if late else "left", fontsize=7.5, color=_FAINT, path_effects=HALO, zorder=8, **FONT))
-    return artists
-
-# %% ../nbs/08_plots.ipynb #35f230ed
-class _Curves(_Canvas):
-    "The figure of a run, filled"
-
-    ranges, right, key, marks, named, ratio = (None,) * 3, None, None, (), (), 60
-
-    def update(self, lines, batch, events, total=None):
-        "Show these data; tells whether the background has changed, and whether the labels have"
-        for name, (x, y) in {**lines, "batch": batch}.items():
-            self.lines[name].set_data(x, y)
-            self.lines[name].set_markevery(max(1, math.ceil(len(x) / 24)))
-        ends = [float(x[-1]) for x in (lines["train.loss"][0], batch[0]) if len(x)]
-        self.right = fit_right(self.right, max(ends, default=0.0), total)
-        self.ranges = fit_ranges(self.ranges, lines, batch[1], self.ratio)
-        epochs = len(lines["lr"][0]) > 0
-        key = self.ranges, self.right, len(events), *events[-1:], len(ends), epochs
-        changed, self.key = key != self.key, key
-        if changed:
-            self._redress(events, bool(ends), epochs)
-        named, self.named = self.named, self._name_best(ends[0] if ends else 0.0)
-        return changed, changed or named != self.named
-
-    def _redress(self, events, started, epochs):
-        "Everything that is not an animated artist: scales, limits, ticks, titles, hints, marks"
-        for ax, title, name, known in zip(self.axes, self.titles, self.names, self.ranges):
-            log = known is not None and known.log
-            locator = LogLocator(subs=(1, 2, 5) if known.high - known.low < 2.2 else (1,), numticks=8) if log else MaxNLocator(6, steps=[1, 2, 5, 10])
-            ax.set_yscale("log" if log else "linear")
-            ax.yaxis.set_major_locator(locator)
-            ax.yaxis.set_major_formatter(FuncFormatter(tick_text) if log else _EvenTicks(tick_text))
-            ax.minorticks_off()
-            ax.set(xlim=(-0.015 * self.right, self.right), ylim=known.limits() if known else (0, 1.03))
-            ax.tick_params(labelleft=known is not None)
-            title.set_text(f"{name} (log)" if log and ax is self.axes[0] else name)
-        self.hints[0].set_text("" if self.ranges[0] else "no finite loss" if started else "waiting for the first batch")
-        for hint, known in list(zip(self.hints, self.ranges))[1:-1]:
-            hint.set_text("" if known else "no finite value" if epochs else "after the first epoch")
-        for artist in self.marks:
-            artist.remove()
-        self.marks = _draw_marks(self.axes[:-1], events, self.right)
 
 # %% ../nbs/08_plots.ipynb #1d879f52
 def _class_lines(history, score):
@@ -165,19 +42,19 @@ def _class_lines(history, score):
 def _draw_classes(ax, history, score, right, most=14):
     "One line a class, and their names on the right"
     epochs, lines = np.asarray(history["epochs"], float), _class_lines(history, score)
-    tidy(ax, f"{_TITLES.get(score, score)} of each class", bins=6)
+    tidy(ax, f"{TITLES.get(score, score)} of each class", bins=6)
     place = ax.get_position()
     ax.set_position((place.x0, place.y0, 0.72 * place.width, place.height))
     for i, values in enumerate(lines):
         number = i - (len(lines) > 1)
         color = 0.85 * np.array([int(CLASS_COLORS[number % 8][k : k + 2], 16) for k in (1, 3, 5)]) / 255 if number >= 0 else COLORS["hint"]
-        style = {**_LINE, "linestyle": ("-", "--", ":")[max(number, 0) // 8 % 3], "linewidth": 1.5, "marker": "o", "markersize": 3.4, "zorder": 4}
+        style = {**LINE, "linestyle": ("-", "--", ":")[max(number, 0) // 8 % 3], "linewidth": 1.5, "marker": "o", "markersize": 3.4, "zorder": 4}
         known = np.isfinite(np.pad(values, 1, constant_values=math.nan))
         alone = (known[1:-1] & ~known[:-2] & ~known[2:]).any()  # A point without neighbours is seen by its marker only
         ax.add_line(Line2D(epochs, values, color=color, markevery=1 if alone else max(1, math.ceil(len(epochs) / 24)), **style))
     known = fit_score_range(np.concatenate(lines)) if lines else None
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    ax.yaxis.set_major_formatter(_EvenTicks(tick_text))
+    ax.yaxis.set_major_formatter(EvenTicks(tick_text))
     ax.minorticks_off()
     ax.set(xlim=(-0.015 * right, right), ylim=known.limits() if known else (0, 1.03))
     labels = [label[:18] for label in history.class_labels(len(lines))]
@@ -203,7 +80,7 @@ def plot_history(
     Raises `ValueError` if `classes` are wanted and no row has them.
     """
     metrics = [name for name in dict.fromkeys([metric] if isinstance(metric, str) else metric) if name != "loss"]
-    curves = _Curves(size, dpi, metrics, animated=False, classes=classes, batches=batch_losses is not None)
+    curves = RunFigure(size, dpi, metrics, animated=False, classes=classes, batches=batch_losses is not None)
     curves.ratio = {None: 60, True: 0, False: math.inf}[log]
     curves.update(run_lines(history, metrics), thin(*(batch_losses or ((), ()))), history.events)
     if classes:
@@ -211,30 +88,13 @@ def plot_history(
     return curves.figure
 
 # %% ../nbs/08_plots.ipynb #5f42cfbf
-class LiveCurves:
-    "The curves of a running training as PNG bytes; for use in one thread. `full_draws` and `blits` count what was done."
+class _Blitting:
+    "A figure on a canvas, drawn with as little work as its changes allow"
 
-    def __init__(
-        self,
-        size: tuple[float, float] = (10.5, 3.1),  # Width and height in inches
-        dpi: float = 180,  # Dots per inch; shown at half size the picture is sharp on any screen
-        metric: str = "dice",  # Which score the second axes shows
-    ):
-        self._curves = _Curves(size, dpi, [metric], animated=True)
-        self._metric, self._rows, self._background = metric, None, None
-        self.full_draws = self.blits = 0
+    _background, full_draws, blits = None, 0, 0
 
-    def png(
-        self,
-        history: object,  # The record so far, a `History`; it may grow meanwhile
-        batch_trace: tuple[Sequence[float], Sequence[float]] = ((), ()),  # x (in epochs) and loss of every batch, not changing during the call
-        total_epochs: int | None = None,  # Where the x axis ends at the latest
-    ) -> bytes:  # A PNG file
-        "The picture of a run as it is now; an empty history gives empty axes that say what they wait for."
-        history = history.snapshot()
-        if history.rows != self._rows:  # Rows are compared by identity first, so this is quick
-            self._rows, self._lines = history.rows, run_lines(history, self._metric)
-        self._draw(*self._curves.update(self._lines, thin(*batch_trace), history.events, total_epochs))
+    def _encoded(self):
+        "The canvas as a PNG of 256 colours"
         canvas, out = self._curves.canvas, io.BytesIO()
         image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
         image.quantize(palette=_PALETTE, dither=Image.Dither.NONE).save(out, "png", compress_level=1)
@@ -256,6 +116,47 @@ class LiveCurves:
         self._curves.canvas.restore_region(below)
         for artist in artists:
             artist.axes.draw_artist(artist)
+
+# %% ../nbs/08_plots.ipynb #a2cca721
+class LiveCurves(_Blitting):
+    "The curves of a running training as PNG bytes; for use in one thread. `full_draws` and `blits` count what was done."
+
+    def __init__(
+        self,
+        size: tuple[float, float] = (10.5, 3.1),  # Width and height in inches
+        dpi: float = 180,  # Dots per inch; shown at half size the picture is sharp on any screen
+        metric: str = "dice",  # Which score the second axes shows
+    ):
+        self._size, self._dpi, self.look = size, dpi, Look(metric)
+        self.show(Look(metric))
+
+    def show(
+        self,
+        look: Look,  # Which score, how smooth, which axes
+        earlier: Sequence[object] = (),  # Records of earlier runs, drawn grey
+    ) -> None:
+        "Choose what the next pictures show."
+        if look.metric != self.look.metric or not hasattr(self, "_curves"):
+            self._curves, self._background = RunFigure(self._size, self._dpi, [look.metric], animated=True), None
+        self.look, self._rows = look, None
+        self._curves.ratio = {None: 60, True: 0, False: math.inf}[look.log]
+        self._curves.compare([look.lines(history) for history in earlier])
+
+    def png(
+        self,
+        history: object,  # The record so far, a `History`; it may grow meanwhile
+        batch_trace: tuple[Sequence[float], Sequence[float]] = ((), ()),  # x (in epochs) and loss of every batch, not changing during the call
+        total_epochs: int | None = None,  # Where the x axis ends at the latest
+    ) -> bytes:  # A PNG file
+        "The picture of a run as it is now; an empty history gives empty axes that say what they wait for."
+        history = history.snapshot()
+        if history.rows != self._rows:  # Rows are compared by identity first, so this is quick
+            self._rows, self._lines = history.rows, self.look.lines(history)
+        place, (x, y) = self.look.placer(history), thin(*batch_trace)
+        events = [{**event, "epoch": float(place(event["epoch"]))} for event in history.events]
+        total = float(place(total_epochs)) if total_epochs else None
+        self._draw(*self._curves.update(self._lines, (place(x), y), events, total, self.look.unit(history)))
+        return self._encoded()
 
 # %% ../nbs/08_plots.ipynb #f616a4b3
 def plot_samples(

@@ -46,11 +46,10 @@ _KNOWN = {data.RandomSampler, data.SequentialSampler, data.SubsetRandomSampler, 
 
 
 def _promise(samplers):
-    unknown = [type(o).__name__ for o in samplers if type(o) not in _KNOWN and not isinstance(o, ResumableBatchSampler)]
+    unknown = " and ".join(type(o).__name__ for o in samplers if type(o) not in _KNOWN and not isinstance(o, ResumableBatchSampler))
     exact = "A resume goes on exactly, at the next batch, without reading the earlier ones and with any number of workers"
-    if unknown:
-        return Guarantee("conditional", f"{exact}, if {' and '.join(unknown)} draws its order from generators of torch, numpy or random.")
-    return Guarantee("exact", f"{exact}.")
+    on_condition = f"{exact}, if {unknown} draws its order from generators of torch, numpy or random."
+    return Guarantee("conditional", on_condition) if unknown else Guarantee("exact", f"{exact}.")
 
 # %% ../nbs/11_sources.ipynb #88f14566
 class _WorkerStart:
@@ -98,8 +97,8 @@ class _Quiet:
     def __call__(self, number, frame):
         try:
             self.handler(number, frame)
-        except RuntimeError:
-            return  # The loader's own look at its workers finds out, between two batches
+        except RuntimeError:  # The loader finds out itself, between two batches
+            return
 
 
 def _hush(on):
