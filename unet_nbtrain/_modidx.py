@@ -967,6 +967,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unet_nbtrain.passes._Training.train_epoch': ( 'passes.html#_training.train_epoch',
                                                                                     'unet_nbtrain/passes.py'),
                                      'unet_nbtrain.passes._counted': ('passes.html#_counted', 'unet_nbtrain/passes.py'),
+                                     'unet_nbtrain.passes._like_probabilities': ( 'passes.html#_like_probabilities',
+                                                                                  'unet_nbtrain/passes.py'),
                                      'unet_nbtrain.passes._mean': ('passes.html#_mean', 'unet_nbtrain/passes.py')},
             'unet_nbtrain.plots': { 'unet_nbtrain.plots.LiveCurves': ('plots.html#livecurves', 'unet_nbtrain/plots.py'),
                                     'unet_nbtrain.plots.LiveCurves.__init__': ('plots.html#livecurves.__init__', 'unet_nbtrain/plots.py'),

@@ -106,6 +106,14 @@ def _mean(losses, weights):
     return _counted(mean, total), total
 
 
+def _like_probabilities(outputs):
+    "Whether outputs (N, C, H, W) add up to 1 over the classes or, for one class, lie around 1/2 and all between 0 and 1"
+    low, high = (o.item() for o in outputs.aminmax())
+    if low < 0 or high > 1:
+        return False
+    return low < 0.5 < high if outputs.shape[1] == 1 else torch.allclose(outputs.sum(1), torch.ones(()).to(outputs), atol=1e-3)
+
+
 class _Learning(_Fitting):
     "The gradient of one batch"
 
@@ -128,11 +136,10 @@ class _Learning(_Fitting):
         self._looked = True
         if not loss.requires_grad:
             raise ValueError("The loss has no gradient, so nothing can be learned. Does the model end in argmax or a threshold, or use detach() or no_grad()?")
-        low, high = (o.item() for o in logits.detach().float().aminmax())
-        if 0 <= low < high <= 1:
+        if _like_probabilities(logits.detach().float()):
             self._report(
-                f"The outputs of the model lie between {low:.2g} and {high:.2g}, like probabilities. The loss expects logits, before sigmoid or softmax: "
-                "if the model ends in one, take it out. If this is chance, never mind.", False,
+                "The outputs of the model look like probabilities. The loss expects logits, before sigmoid or softmax: if the model ends in one, "
+                "take it out. If this is chance, never mind.", False,
             )
 
 # %% ../nbs/16_passes.ipynb #bd2244ef

@@ -63,10 +63,15 @@ def test_050_deep_supervision_by_an_own_training_step(make):
     assert len(trainer.train(1)) == 1
 
 
-@pytest.mark.parametrize("change, told", [(torch.sigmoid, True), (lambda o: o, False), (lambda o: o * 0, False)])
-def test_051_probabilities_instead_of_logits(make, change, told):
+@pytest.mark.parametrize(
+    "change, n_classes, told",
+    [(torch.sigmoid, 1, True), (lambda o: o.softmax(1), 3, True), (lambda o: o, 1, False), (lambda o: o, 3, False), (lambda o: o * 0, 1, False),
+     (lambda o: o.sigmoid() / 9, 1, False), (torch.sigmoid, 3, False)],
+)  # fmt: skip
+def test_051_probabilities_instead_of_logits(make, change, n_classes, told):
+    """A small net whose outputs happen to lie between 0 and 0.1 is not accused"""
     heard = Heard()
-    make(Net(change), heard).train(1)
+    make(Net(change, n_classes), heard).train(1)
     assert len([text for text in heard.problems if "The loss expects logits" in text and "take it out" in text]) == told
 
 
