@@ -51,7 +51,7 @@ def _short(value):
     return f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
 
 # %% ../nbs/18_verify.ipynb #f9745dc0
-_SHARED = ("train_loader", "val_loader", "device")
+_SHARED, _LEFT_OUT = ("train_loader", "val_loader", "device"), ("run", "_writer", "_lock")
 
 
 def twin_of(
@@ -61,8 +61,8 @@ def twin_of(
     "A copy of a trainer that shares its loaders and nothing else; raises `RuntimeError` while it trains."
     if trainer.run is not None and not trainer.run.ended:
         raise RuntimeError(f"The trainer is {trainer.run.state}. Stop it before it is copied: trainer.run.stop().")
-    kept_out = {name: vars(trainer)[name] for name in _SHARED}
-    memo = {id(value): value for value in kept_out.values()} | {id(trainer.run): None, id(trainer.observers): Observers()}
+    memo = {id(getattr(trainer, name)): getattr(trainer, name) for name in _SHARED}
+    memo |= {id(getattr(trainer, name)): None for name in _LEFT_OUT} | {id(trainer.observers): Observers()}
     twin = copy.deepcopy(trainer, memo)
     twin.run_dir, twin.checkpoint_dir, twin.log_dir, twin._wants_defaults = folder, folder / "checkpoints", folder / "log", False
     return twin
