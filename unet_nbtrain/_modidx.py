@@ -455,6 +455,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'unet_nbtrain.epoch.averaged_model': ('epoch.html#averaged_model', 'unet_nbtrain/epoch.py'),
                                     'unet_nbtrain.epoch.batch_weight': ('epoch.html#batch_weight', 'unet_nbtrain/epoch.py'),
                                     'unet_nbtrain.epoch.check_batch': ('epoch.html#check_batch', 'unet_nbtrain/epoch.py'),
+                                    'unet_nbtrain.epoch.follow': ('epoch.html#follow', 'unet_nbtrain/epoch.py'),
                                     'unet_nbtrain.epoch.loss_weights': ('epoch.html#loss_weights', 'unet_nbtrain/epoch.py')},
             'unet_nbtrain.evaluation': { 'unet_nbtrain.evaluation._Pairs': ('evaluation.html#_pairs', 'unet_nbtrain/evaluation.py'),
                                          'unet_nbtrain.evaluation._Pairs.__getitem__': ( 'evaluation.html#_pairs.__getitem__',

@@ -10,10 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .core import unwrap
-from .epoch import averaged_model
+from .epoch import averaged_model, follow
 from .schedulers import step_scheduler
 from .state import TrainerState
 
@@ -30,9 +28,9 @@ class _Averaging(TrainerState):
             return
         if self.averaged is None:
             self.averaged = averaged_model(self.model, self.ema_decay)
-        self.averaged.multi_avg_fn = get_ema_multi_avg_fn(self.ema_decay)
+            return
         before = {} if verdict.known is False else {k: v.clone() for k, v in self.averaged.state_dict().items()}
-        self.averaged.update_parameters(unwrap(self.model))
+        follow(self.averaged, self.model, self.ema_decay)
         if before:
             self.averaged.load_state_dict(verdict.pick(before, self.averaged.state_dict()))
 
