@@ -1,4 +1,4 @@
-"""Run all tests: the notebooks beside everything else, and then, alone on the machine, those that measure how fast a click is heard.
+"""Run all tests: the notebooks and the commands beside everything else, and then, alone on the machine, those with a kernel or a browser.
 
     python scripts/tests.py
 
@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS, ALONE = ["tests/test_nbs.py"], ["tests/test_kernel.py", "tests/test_browser.py"]
-REST = ["tests", *(f"--ignore={name}" for name in NOTEBOOKS + ALONE)]
+BESIDE, ALONE = ["tests/test_nbs.py", "tests/test_cli.py"], ["tests/test_kernel.py", "tests/test_browser.py"]
+REST = ["tests", *(f"--ignore={name}" for name in BESIDE + ALONE)]
 
 
 def start(files, output=None):
@@ -24,7 +24,7 @@ def start(files, output=None):
 
 def main():
     with tempfile.TemporaryFile() as kept:
-        beside = start(NOTEBOOKS, kept)
+        beside = start(BESIDE, kept)
         try:
             codes = [start(REST).wait(), beside.wait()]
         finally:

@@ -182,7 +182,7 @@ def test_the_parts_of_the_suite_make_one_result(tmp_path, monkeypatch, capfd, br
     (tmp_path / "test_browser.py").write_text(BROWSER_TESTS[browser])
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = browser: needs a browser")
-    parts = {"ROOT": tmp_path, "NOTEBOOKS": ["test_nbs.py"], "REST": ["test_rest.py"], "ALONE": ["test_browser.py"]}
+    parts = {"ROOT": tmp_path, "BESIDE": ["test_nbs.py"], "REST": ["test_rest.py"], "ALONE": ["test_browser.py"]}
     for name, value in parts.items():
         monkeypatch.setattr(all_tests, name, value)
     monkeypatch.setenv("REQUIRE_BROWSER", "1")
