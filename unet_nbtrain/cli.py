@@ -100,8 +100,8 @@ class _Start:
     def on_run_start(self, trainer):
         "After a checkpoint was read, before the first batch"
         if trainer.early_stopping.should_stop:
-            reason, more = trainer.early_stopping.reason.rstrip("."), "a larger --patience"
-            self.nothing_left = f"{reason[0].lower()}{reason[1:]}; use it with unet-nbtrain predict, or train on with {more}."
+            reason = trainer.early_stopping.reason.rstrip(".")
+            self.nothing_left = f"{reason[0].lower()}{reason[1:]}; use it with unet-nbtrain predict, or train on with a larger --patience."
         elif trainer.current_epoch >= trainer.total_epochs:
             done = trainer.current_epoch
             self.nothing_left = f"all {done} epochs are done; use it with unet-nbtrain predict, or train on with a total of more than {done}: --epochs {2 * done}."
@@ -198,7 +198,12 @@ def _report(arguments):
         raise ValueError(f"There is no folder {arguments.run_dir}. Give the folder of a run.")
     if arguments.out is not None and arguments.out.is_dir():
         raise ValueError(f"--out {arguments.out} is a folder. Give a file, for example {arguments.out / 'report.html'}.")
-    path = report_of_run(arguments.run_dir, arguments.out)
+    try:
+        path = report_of_run(arguments.run_dir, arguments.out)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise ValueError(f"No report was written, since the system refuses {error.filename}: {error.strerror}. Give another place with --out.") from error
     if not arguments.quiet:
         sys.stderr.write(f"The report is {path}; open it in a browser.\n")
     _print_json({"report": str(path), "run_dir": str(arguments.run_dir)})

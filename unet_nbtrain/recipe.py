@@ -63,7 +63,7 @@ def _look_at_masks(arguments, dataset):
         raw = describe_masks(arguments.images, arguments.masks, n_classes=256, **folders)
         values = ", ".join(map(str, list(raw["values"])[:10]))
         raise ValueError(f"no pixel of the training masks is foreground. The masks hold the values {values}; pass the one to find as --foreground.")
-    if not arguments.quiet:
+    if not (arguments.quiet or arguments.resume):
         sys.stderr.write(f"The training masks:\n{report}\n\n")
         if arguments.ignore_index is not None and arguments.ignore_index not in report["values"] and not arguments.pad:
             sys.stderr.write(f"! --ignore-index {arguments.ignore_index}: no training mask has this value, so all pixels count.\n\n")
