@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 import unet_nbtrain
+from unet_nbtrain import cli, dataset
 from unet_nbtrain.demo_data import draw_cells
+from unet_nbtrain.disk import FolderLock
 
 EPOCHS = 15
 START = [sys.executable, "-c", "import sys, torch; torch.set_num_threads(1); from unet_nbtrain.cli import main; sys.exit(main())"]
@@ -171,7 +173,7 @@ WRONG_VALUES = {
     "--loss best": "bce_dice",
     "--augment much": "invalid choice: 'much'",
     "--device tpu7": "Use 'auto' or one of: cpu",
-    "--foreground 7": "The masks hold the values 0, 255",
+    "--foreground 7": "none of the 12 masks has it. They hold 0 (",
     "--crop 0": "crop=0: use a whole number",
     "--image-size -2": "image_size=-2",
     "--val 0:12": "training and validation both need at least one",
@@ -197,6 +199,12 @@ WRONG_VALUES = {
     "--ema 1": "ema_decay must be",
     "--top-k 0": "save_top_k must be",
     "--save-every 0": "save_every_n_epochs must be",
+    "--save-every-minutes 0": "save_every_n_minutes must be a number, greater than 0",
+    "--save-every-minutes nan": "save_every_n_minutes must be",
+    "--save-every-steps 0": "save_every_n_steps must be a whole number, at least 1",
+    "--on-nonfinite hope": "invalid choice: 'hope' (choose from",
+    "--on-bad-sample hope": "invalid choice: 'hope'",
+    "--on-oom rollback": "invalid choice: 'rollback'",
     "--warmup -1": "--warmup -1",
     "--warmup 1": "takes all of --epochs 1",
     "--schedule onecycle --warmup 1 --epochs 4": "one-cycle climbs by itself",
@@ -227,6 +235,7 @@ def refused(home, whole):
     shutil.copytree(home / "whole", home / "cut")
     for checkpoint in (home / "cut" / "checkpoints").iterdir():
         checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    (home / "cut" / "history.json").write_bytes((home / "cut" / "history.json").read_bytes()[:1000])
     data = "train --images data/images --masks data/masks --width 4 --depth 2 --epochs 1 --device cpu --quiet"
     lines = {text: [*data.split(), *text.format(home=home).split()] for text in WRONG_VALUES}
     lines |= {text: text.format(home=home).split() for text in [*RESUMES, ""]}
@@ -250,6 +259,13 @@ RESUMES = {
     "resume {home}/empty": "has no arguments.json",
     "resume {home}/nowhere": "has no arguments.json",
     "resume {home}/whole --epochs 0": "epochs must be a whole number, at least 1; got 0",
+    "resume {home}/whole --patience 0": "--patience 0",
+    "report {home}/nowhere": "There is no folder {home}/nowhere",
+    "report {home}/file": "There is no folder {home}/file",
+    "report {home}/empty": "{home}/empty has no history.json",
+    "report {home}/cut": "{home}/cut/history.json is damaged or cut off",
+    "report {home}/whole --out {home}": "--out {home} is a folder",
+    "report {home}/whole --out {home}/file/report.html": "{home}/file",
     "predict {home}/nowhere.pth data/images --out {home}/masks": "nowhere.pth does not exist",
     "predict {home}/data data/images --out {home}/masks": "holds no checkpoint",
     "predict {home}/whole {home}/nowhere --out {home}/masks": "{home}/nowhere is not there",
@@ -290,6 +306,179 @@ def test_what_may_not_be_read(home):
 def test_a_moved_folder_can_be_named(home, refused):
     done = shell("resume", "moved", "--images", "data/images", "--epochs", EPOCHS + 1, "--quiet", cwd=home)
     assert done.returncode == 0 and result(done)["epochs"] == EPOCHS + 1, done.stderr
+
+
+# Other ways in, and a report
+
+
+def test_the_module_is_the_command_too(home):
+    done = subprocess.run([sys.executable, "-m", "unet_nbtrain.cli"], capture_output=True, text=True, cwd=home, env=environment(), timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("usage: unet-nbtrain") and "COMMAND" in done.stderr
+
+
+def test_python_m_trains(home):
+    line = [sys.executable, "-m", "unet_nbtrain", *map(str, training("by_module", "--epochs", 1, "--quiet"))]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=home, env=environment(), timeout=120)
+    assert done.returncode == 0 and result(done)["epochs"] == 1 and done.stderr == "", done.stderr
+
+
+def test_the_report_is_one_file(home, whole, inside):
+    shutil.copytree(home / "whole", home / "told")
+    done = shell("report", "told", cwd=home)
+    assert done.returncode == 0 and result(done) == {"report": "told/report.html", "run_dir": "told"}, done.stderr
+    page = (home / "told" / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and 'src="data:image/png;base64,' in page and f"The best epoch is {result(whole)['best_epoch']} of {EPOCHS}" in page
+    assert not any(word in page for word in ('src="http', "<script", "<link")), "the report needs something beside itself"
+    code, out, err = inside("report", "told", "--out", "pages/x.html", "--quiet")
+    assert code == 0 and err == "" and json.loads(out)["report"] == "pages/x.html" and (home / "pages" / "x.html").is_file()
+
+
+# In this process: what an accident does, and what a run remembers
+
+
+@pytest.fixture
+def inside(home, monkeypatch, capsys):
+    """The command, called in the home folder: `inside(*arguments)` gives exit code, standard output and standard error; `.trainers` made so far"""
+    make = cli.make_trainer
+
+    def call(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    def keep(arguments):
+        call.trainers.append(make(arguments))
+        for observer in call.observers:
+            call.trainers[-1].observers.add(observer)
+        return call.trainers[-1]
+
+    call.trainers, call.observers = [], []
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(cli, "make_trainer", keep)
+    return call
+
+
+ACCIDENTS = {"on_nonfinite": "rollback", "on_bad_sample": "raise", "on_oom": "raise", "save_every_n_minutes": 2.5, "save_every_n_steps": 3}
+
+
+def test_settings_for_accidents_reach_the_trainer_and_the_one_that_goes_on(home, inside):
+    options = "--on-nonfinite rollback --on-bad-sample raise --on-oom raise --save-every-minutes 2.5 --save-every-steps 3".split()
+    assert inside(*training("careful", "--epochs", 1, "--quiet", *options))[0] == 0
+    assert inside("resume", "careful", "--epochs", 2, "--quiet")[0] == 0
+    for trainer in inside.trainers:
+        assert {name: getattr(trainer, name) for name in ACCIDENTS} == ACCIDENTS
+    saved = json.loads((home / "careful" / "arguments.json").read_text())
+    assert saved["on_oom"] == "raise" and saved["save_every_minutes"] == 2.5 and saved["save_every_steps"] == 3
+
+
+def break_images(monkeypatch):
+    "One image cannot be read, once the training has begun"
+    good, count = dataset.normalize_image, iter(range(10**6))
+
+    def broken(image, *more):
+        if next(count) == 5:
+            raise OSError("the file is cut off")
+        return good(image, *more)
+
+    monkeypatch.setattr(dataset, "normalize_image", broken)
+
+
+def fill_memory(monkeypatch):
+    "Two images at once are too many, in training"
+    forward = unet_nbtrain.UNet.forward
+
+    def too_large(self, images):
+        if self.training and len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, images)
+
+    monkeypatch.setattr(unet_nbtrain.UNet, "forward", too_large)
+
+
+def spoil_numbers(monkeypatch):
+    "Every output of one batch is NaN, in training"
+    forward, count = unet_nbtrain.UNet.forward, iter(range(10**6))
+
+    def spoiled(self, images):
+        return forward(self, images) * (float("nan") if self.training and next(count) == 2 else 1.0)
+
+    monkeypatch.setattr(unet_nbtrain.UNet, "forward", spoiled)
+
+
+@pytest.mark.parametrize(
+    "accident, option, goes_on, told",
+    [
+        (break_images, "--on-bad-sample", "skip", "the file is cut off"),
+        (fill_memory, "--on-oom", "split", "the memory is too small"),
+        (spoil_numbers, "--on-nonfinite", "skip", "NaN or infinite"),
+    ],
+)
+def test_an_accident_ends_the_run_only_where_that_was_asked_for(home, inside, monkeypatch, accident, option, goes_on, told):
+    name, more = accident.__name__, ("--workers", 0, "--quiet", "--epochs", 1)
+    with monkeypatch.context() as while_it_lasts:
+        accident(while_it_lasts)
+        code, out, err = inside(*training(name, *more, option, goes_on))
+        assert code == 0 and json.loads(out)["epochs"] == 1 and "Traceback" not in err
+    assert '"event": "problem"' in (home / name / "log.jsonl").read_text(), "nothing happened"
+    assert inside(*training(f"{name}_ends", *more, option, "raise"))[0] == 0
+    accident(monkeypatch)
+    code, out, err = inside("resume", f"{name}_ends", "--epochs", 3, "--quiet")
+    assert code == 1 and json.loads(out)["epochs"] == 1 and told in err.splitlines()[-1] and "Traceback" not in err
+
+
+class StopAt:
+    """Plans 4 epochs and stops the run, when epoch 2 is over, as somebody at a panel might"""
+
+    def on_epoch_end(self, trainer, row):
+        if row["epoch"] == 2 and trainer.total_epochs == 3:
+            trainer.run.set("epochs", 4)
+            trainer.run.stop()
+
+
+def test_a_run_goes_on_to_what_was_planned_last(home, inside):
+    assert inside(*training("planned", "--epochs", 1, "--quiet"))[0] == 0
+    inside.observers.append(StopAt())
+    code, out, err = inside("resume", "planned", "--epochs", 3, "--quiet")
+    assert code == 0 and json.loads(out)["epochs"] == 2
+    code, out, err = inside("resume", "planned", "--quiet")
+    assert code == 0 and json.loads(out)["epochs"] == 4, err
+
+
+def test_a_finished_run_says_so_in_one_sentence(home, inside, whole):
+    shutil.copytree(home / "whole", home / "finished")
+    before = losses(home / "finished")
+    for line in (["resume", "finished"], training("finished", "--resume")):
+        code, out, err = inside(*line)
+        assert code == 0 and json.loads(out)["epochs"] == EPOCHS
+        assert err == f"finished is finished: all {EPOCHS} epochs are done; use it with unet-nbtrain predict, or train on with a total of more than {EPOCHS}: --epochs {2 * EPOCHS}.\n"
+        assert losses(home / "finished") == before and same_weights(home / "finished", home / "whole")
+    code, out, err = inside("resume", "finished", "--epochs", EPOCHS + 1)
+    assert code == 0 and json.loads(out)["epochs"] == EPOCHS + 1 and "is finished" not in err
+
+
+def test_a_run_out_of_patience_says_so_and_can_be_given_more(home, inside):
+    """Its weights do not move, so no epoch after the first is better; the loss would differ by what batch norm has seen"""
+    code, out, err = inside(*training("patience", "--epochs", 9, "--lr", 1e-12, "--monitor", "dice", "--patience", 2, "--quiet"))
+    ended = json.loads(out)["epochs"]
+    assert code == 0 and ended < 9
+    code, out, err = inside("resume", "patience")
+    assert code == 0 and json.loads(out)["epochs"] == ended and len(err.splitlines()) == 1
+    assert "is finished: the validation dice did not improve" in err and "--patience" in err
+    code, out, err = inside("resume", "patience", "--patience", 99, "--quiet")
+    assert code == 0 and json.loads(out)["epochs"] == 9
+    assert json.loads((home / "patience" / "arguments.json").read_text())["patience"] == 99
+
+
+@pytest.mark.parametrize("word", ["--resume", "--overwrite"])
+def test_a_folder_in_which_a_training_is_at_work_is_left_alone(home, inside, whole, word):
+    folder = home / f"at_work{word}"
+    shutil.copytree(home / "whole", folder)
+    lock = FolderLock(folder / "checkpoints")
+    assert lock.take()
+    before = sorted(path for path in folder.rglob("*"))
+    code, out, err = inside(*training(folder, word))
+    assert code == 2 and out == "" and "is in use by" in err and len(err.splitlines()) == 1
+    assert sorted(path for path in folder.rglob("*")) == before and not inside.trainers
+    lock.release()
 
 
 # A folder that holds a run

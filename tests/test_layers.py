@@ -15,7 +15,7 @@ from nbtools import PACKAGE, ROOT, notebooks
 import unet_nbtrain
 
 ORDER = {nb.default_exp: nb.order for nb in notebooks(module_only=True)}
-NOT_A_ROOM = {"__init__", "_modidx"}
+NOT_A_ROOM = {"__init__", "__main__", "_modidx"}
 
 # What a room may import beside the standard library and lower rooms. A room that is not listed may use torch and numpy.
 ALLOWED = {

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from .arguments import parse_val, parse_weights
+from .arguments import OPTION_SETTINGS, parse_val, parse_weights
 from .dataset import create_dataloaders, demo_dataloaders
 from .early_stopping import EarlyStopping
 from .losses import create_loss_function
@@ -63,7 +63,7 @@ def _look_at_masks(arguments, dataset):
         raw = describe_masks(arguments.images, arguments.masks, n_classes=256, **folders)
         values = ", ".join(map(str, list(raw["values"])[:10]))
         raise ValueError(f"no pixel of the training masks is foreground. The masks hold the values {values}; pass the one to find as --foreground.")
-    if not arguments.quiet:
+    if not (arguments.quiet or arguments.resume):
         sys.stderr.write(f"The training masks:\n{report}\n\n")
         if arguments.ignore_index is not None and arguments.ignore_index not in report["values"] and not arguments.pad:
             sys.stderr.write(f"! --ignore-index {arguments.ignore_index}: no training mask has this value, so all pixels count.\n\n")
@@ -120,11 +120,7 @@ def make_trainer(
         seed=arguments.seed,
         run_dir=run_dir,
         observers=default_observers(run_dir, run_dir / "tensorboard", not arguments.quiet, lambda history: save_png(plot_history(history))),
-        save_every_n_epochs=arguments.save_every,
-        save_top_k=arguments.top_k,
-        gradient_clip_norm=arguments.clip,
-        accumulate_gradients=arguments.accumulate,
-        ema_decay=arguments.ema,
+        **{setting: getattr(arguments, option) for option, setting in OPTION_SETTINGS.items() if option not in ("epochs", "lr")},
     )
     trainer.early_stopping = EarlyStopping(arguments.patience, monitor=arguments.monitor)
     return trainer
