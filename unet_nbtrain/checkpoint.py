@@ -62,6 +62,8 @@ def save_file(
     state = to_plain(dict(state, format=FORMAT, version=VERSION))
     if place := find_nonfinite(state):
         raise NonFiniteError(f"{path} was not written: {place} holds NaN or infinity. What was there before is untouched. {_CURE}")
+    if wrong := misformed(state):
+        raise CheckpointError(f"{path} was not written: {wrong}. Such a file could not be read again.")
     needed = _bytes_of(state)
     try:
         return write_whole(path, lambda file: _write(state, file), needed, previous, also)
@@ -156,7 +158,8 @@ def load_weights(
     source: str = "the checkpoint",  # Where the weights come from, for the error
 ) -> list[str]:  # The entries that were left as they were; empty when `strict`
     "Load weights into a model; raises `CheckpointError` that lists the layers which differ, before anything is changed."
-    inner, given = unwrap(model), {_bare_name(name): value for name, value in weights.items()}
+    inner = unwrap(model)
+    given = _bare(weights, inner.state_dict())
     rows = misfits(inner, given)
     if strict and rows:
         more = f" … and {len(rows) - 6} more" if len(rows) > 6 else ""
@@ -174,16 +177,17 @@ def misfits(
     weights: Mapping[str, torch.Tensor],  # A `model_state_dict`
 ) -> list[tuple[str, str, str]]:  # Such as `("out.weight", "(2, 64, 1, 1)", "(5, 64, 1, 1)")`
     "The entries that differ between a file and a model, by name and shape; empty if everything fits."
-    given, wanted = {_bare_name(name): value for name, value in weights.items()}, unwrap(model).state_dict()
+    wanted = unwrap(model).state_dict()
+    given = _bare(weights, wanted)
     rows = [(name, *(_shape(entries, name) for entries in (given, wanted))) for name in wanted | given]
     return [row for row in rows if row[1] != row[2]]
 
 
-def _bare_name(name):
-    "A parameter's name without the prefixes of wrappers"
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.split(".", 1)[1]
-    return name
+def _bare(weights, wanted):
+    "Entries without the prefixes of wrappers, unless these are names of the model itself"
+    while weights and not weights.keys() & wanted.keys() and all(name.startswith(("module.", "_orig_mod.")) for name in weights):
+        weights = {name.split(".", 1)[1]: value for name, value in weights.items()}
+    return dict(weights)
 
 
 def _shape(entries, name):

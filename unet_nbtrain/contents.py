@@ -201,9 +201,9 @@ def _is_optimizer(value):
 
 def _has_rates(group):
     "Whether the numbers of a parameter group are numbers"
-    numbers = [group[name] for name in ("lr", "weight_decay", "momentum", "eps", "initial_lr") if name in group]
-    numbers += group["betas"] if isinstance(group.get("betas"), (list, tuple)) else []
-    return all(isinstance(o, torch.Tensor) or (_is_number(o) and o >= 0) for o in numbers if o is not None)
+    given = [group[name] for name in ("lr", "weight_decay", "momentum", "eps", "initial_lr", "betas") if name in group]
+    numbers = [o for value in given for o in (value if isinstance(value, (list, tuple)) else [value])]
+    return all((isinstance(o, torch.Tensor) and o.numel() == 1) or (_is_number(o) and o >= 0) for o in numbers if o is not None)
 
 # %% ../nbs/10_contents.ipynb #d7b90ba5
 def _is_stopping(value):
@@ -273,16 +273,16 @@ _CHECKED = (*_WEIGHTS, "optimizer_state_dict")
 def find_nonfinite(
     state: Mapping,  # What is to be written
 ) -> str:  # Such as `"state['model_state_dict']['conv.weight']"`; empty if all are finite
-    "The place of a tensor with NaN or infinity among the weights and the optimizer's state."
+    "The place of a tensor with NaN or infinity among weights and optimizer state; infinities that a model began with (masks) are none."
     parts = {name: state[name] for name in _CHECKED if name in state}
-    tensors = {}
+    tensors, begun = {}, tuple(f"[{name!r}]" for name in state.get("infinite_at_start", ()))
     for where, value in walk(parts):
         if isinstance(value, torch.Tensor) and value.numel() and (value.is_floating_point() or value.is_complex()):
             tensors.setdefault(value.device, []).append((where, value))
     for pairs in tensors.values():
         sums = torch.stack([_wide(value).sum().isfinite() for _, value in pairs]).tolist()
         for (where, value), good in zip(pairs, sums):
-            if not good and not _wide(value).isfinite().all():
+            if not good and not _wide(value).isfinite().all() and not (where.endswith(begun) and not _wide(value).isnan().any()):
                 return where
     return ""
 

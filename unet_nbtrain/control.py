@@ -185,7 +185,7 @@ class _Obedient(_Clockwork):
         target = {"pause": "paused", "resume": "running", "stop": "stopping"}.get(command.name)
         try:
             message = actions[command.name](*command.args) or "" if target is None else _change(self.state, target)
-        except ValueError as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             return command.settle(False, step, str(error))
         except BaseException as error:
             command.settle(False, step, f"{type(error).__name__}: {error}")

@@ -173,13 +173,15 @@ def length_of(
 def dataset_attribute(
     loader: object,  # A loader, or anything else: then there is nothing to find
     name: str,  # The attribute
+    kind: type = object,  # What it must be; another thing of that name is somebody else's
 ) -> object:  # Its value, or `None`
     "An attribute of a loader's data set, looked for also inside `Subset` and (its first part) `ConcatDataset`."
     inside = getattr(loader, "dataset", None)
     while inside is not None and getattr(inside, name, None) is None:
         parts = getattr(inside, "datasets", None) or [None]
         inside = getattr(inside, "dataset", parts[0])
-    return getattr(inside, name, None)
+    found = getattr(inside, name, None)
+    return found if isinstance(found, kind) else None
 
 # %% ../nbs/00_core.ipynb #7ed6c235
 def natural_key(

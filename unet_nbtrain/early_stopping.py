@@ -266,7 +266,8 @@ class LastWeights:
         best: BestWeights,  # What it shall carry from now on
     ) -> None:
         "Copy the model's weights, and put the best ones in."
-        self.weights = {name: tensor.detach().clone() for name, tensor in unwrap(model).state_dict().items()}
+        kept = unwrap(model).state_dict().items()
+        self.weights = {name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in kept}
         best.restore(model)
         self._versions = [parameter._version for parameter in model.parameters()]
 

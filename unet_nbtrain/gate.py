@@ -71,10 +71,10 @@ class _Obeying(_Sources):
         run = self.run
         if run is None or run.ended or not self._at_boundary:
             return
+        if self._bad_steps.due or self._poisoned or (run.pending and self._bad_steps.waiting):
+            self._look_at_bad_steps()
         if run.pending and not run.obey(self.global_step, {"save": self._save_now, "set": self.set}):
             raise Stopped
-        if self._bad_steps.due or self._poisoned:
-            self._look_at_bad_steps()
         if not self.nonfinite_in_a_row:
             self._save_if_due()
 
@@ -99,7 +99,8 @@ class Gate(_Obeying):
                     return
                 images, masks = split_batch(batch)
                 if not self._checked:
-                    check_batch(images, masks, self.n_classes, self.ignore_index)
+                    known = self.n_classes if self.global_step == 0 else None  # A resume begins anywhere, and must not stumble over what a run steps over
+                    check_batch(images, masks, known, self.ignore_index, finite=self.global_step == 0 and self.on_nonfinite == "raise")
                     self._checked = True
                 if phase == "train":
                     self._start_batch = self.batch = feed.position

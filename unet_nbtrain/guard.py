@@ -44,11 +44,17 @@ class _Buffers:
         self,
         model: nn.Module,  # The model in training, perhaps wrapped
     ):
-        self._live = list(unwrap(model).buffers())
+        owners = ((module, name) for module in unwrap(model).modules() for name, buffer in module._buffers.items() if buffer is not None)
+        self._places = list({id(module._buffers[name]): (module, name) for module, name in owners}.values())
+        self._live = [module._buffers[name] for module, name in self._places]
         self._kept = [buffer.detach().clone() for buffer in self._live]
 
     def keep(self) -> None:
-        "Copy the buffers, before the first forward pass of a step."
+        "Copy the buffers, before the first forward pass of a step. One that a forward pass assigned anew is another tensor now."
+        for i, (module, name) in enumerate(self._places):
+            if module._buffers[name] is not self._live[i]:
+                self._live[i] = module._buffers[name]
+                self._kept[i] = self._live[i].detach().clone()
         if self._live:
             torch._foreach_copy_(self._kept, self._live)
 
@@ -57,12 +63,14 @@ class _Buffers:
         verdict: Verdict | None = None,  # `None`: put them back in any case
     ) -> None:
         "Undo what the forward passes did to the buffers, if the step was bad."
-        if verdict is None or verdict.known:
-            if self._live:
-                torch._foreach_copy_(self._live, self._kept)
-        elif verdict.known is None:
-            for kept, live in zip(self._kept, self._live):
-                live.copy_(torch.where(verdict.flag > 0, kept, live))
+        if verdict is not None and verdict.known is False:
+            return
+        for (module, name), kept in zip(self._places, self._kept):
+            live = module._buffers[name]
+            if verdict is None or verdict.known:
+                live.detach().copy_(kept)
+            else:
+                live.detach().copy_(torch.where(verdict.flag > 0, kept, live))
 
 # %% ../nbs/12_guard.ipynb #fcf1bd52
 class FiniteGuard(_Buffers):
@@ -146,6 +154,11 @@ class BadSteps:
     def due(self) -> bool:
         "Whether it is time to collect: a step is known to be bad, or many wait."
         return len(self._noted) >= _TOGETHER or (bool(self._noted) and isinstance(self._noted[-1][0], bool))
+
+    @property
+    def waiting(self) -> bool:
+        "Whether any verdict is not yet looked at."
+        return bool(self._noted)
 
     def collect(self) -> list[tuple[object, int]]:  # Pairs of `where` and how many there were in a row by then
         "The bad steps since the last call, oldest first. Waits for the device if something was noted."

@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from .core import derive_seed
-from .sampling import SampleKey
+from .sampling import SampleKey, find_within
 
 # %% ../nbs/06_samples.ipynb #ef2e5003
 def _reseed_numpy(generator, seed):
@@ -42,13 +42,13 @@ _GLOBAL = torch.default_generator, np.random.get_state.__self__, random.getstate
 
 # %% ../nbs/06_samples.ipynb #490f7874
 class Randomness:
-    "The global generators of PyTorch, NumPy and Python, and those that some objects keep as attributes."
+    "The global generators of PyTorch, NumPy and Python, and those that some objects keep in their attributes, also deep inside."
 
     def __init__(
         self,
         *owners: object,  # Objects whose attributes may be generators, e.g. a data set
     ):
-        own = [o for owner in owners for o in getattr(owner, "__dict__", {}).values() if isinstance(o, tuple(_KINDS))]
+        own = [o for owner in owners for o in find_within(owner, tuple(_KINDS))]
         every = {id(generator): generator for generator in [*_GLOBAL, *own]}.values()
         self._all = [(o, next(access for kind, access in _KINDS.items() if isinstance(o, kind))) for o in every]
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from .checkpoint import CheckpointError, save_file
+from .checks import describe_parts, keepable
 from .contents import NonFiniteError
 from .core import unwrap
 from .disk import FolderLock, sweep
-from .restoring import Resuming, describe_parts
+from .restoring import Resuming
 from .state import TrainerState
 from .writer import Writer
 
@@ -34,12 +35,12 @@ class _Saving(Resuming, TrainerState):
         parts = describe_parts(self)
         return {**self._weights_state(), **self._position_state()} | {
             "optimizer_state_dict": self.optimizer.state_dict(),
-            "scheduler_state_dict": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "scheduler_state_dict": keepable(self.scheduler.state_dict(), "the schedule") if self.scheduler is not None else None,
             "scheduler": parts["scheduler"],
             "scaler_state_dict": self.scaler.state_dict() if self.scaler else None,
             "optimizer": parts["optimizer"],
             "parts": parts,
-            "data": self.preprocessing,
+            "data": keepable(self.preprocessing, "dataset.preprocessing", whole=True),
             "threshold": self.threshold,
             "early_stopping": self.early_stopping.state_dict(),
             "history": self.history.state_dict(),
@@ -51,7 +52,7 @@ class _Saving(Resuming, TrainerState):
     def _weights_state(self):
         "The weights that were evaluated and, where they are others, those that are in training"
         model = unwrap(self.model if self._aside is None else self._aside)
-        state = {"model": type(model).__name__, "model_config": getattr(model, "config", None), "model_state_dict": model.state_dict()}
+        state = {"model": type(model).__name__, "model_config": keepable(getattr(model, "config", None), "model.config", whole=True), "model_state_dict": model.state_dict()}
         average = {}
         if self.averaged is not None:
             average = {"averaged_model_state_dict": self.averaged.module.state_dict(), "averaged_steps": self.averaged.n_averaged.item()}
@@ -80,6 +81,7 @@ class _Positioned(_Saving):
             "parts_per_batch": self.parts_per_batch,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "skipped": self._skipped,
+            "infinite_at_start": self._infinite_at_start,
         }
 
 # %% ../nbs/15_saving.ipynb #9295f75a
@@ -113,7 +115,7 @@ class _Writing(_Positioned):
         self._finish_writing()
         try:
             written = self._folder.save(self.state_dict(), path, also)
-        except CheckpointError as error:
+        except (CheckpointError, MemoryError) as error:
             return self._not_written(error, also)
         self._written(also)
         return written
@@ -135,7 +137,7 @@ class _Aside(_Writing):
         names = [*also, *([path] if path else [])]
         try:
             self._writer.put(state or self.state_dict(), write, replaceable=not names and then is None, note=names)
-        except CheckpointError as error:
+        except (CheckpointError, MemoryError) as error:
             self._not_written(error, names)
 
 # %% ../nbs/15_saving.ipynb #0fd57496

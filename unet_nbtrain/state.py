@@ -8,7 +8,7 @@ __all__ = ['new_run_dir', 'default_observers', 'TrainerState']
 # %% ../nbs/14_state.ipynb #0f07c64e
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class _Blank:
         self.averaged = self.val_batch = self._aside = None
         self._norms, self._boundary, self._stepping, self._thread = RunningMean(), None, False, None
         self._losses, self._bad_steps, self._batch_images = [], BadSteps(), 0
-        self.parts_per_batch, self._skipped, self._rollbacks, self._gone_back, self._poisoned = 1, 0, 0, [], ""
+        self.parts_per_batch, self._skipped, self._rollbacks, self._gone_back, self._poisoned, self._infinite_at_start = 1, 0, 0, [], "", []
 
 # %% ../nbs/14_state.ipynb #4ab7bcb6
 class _Setup(_Blank):
@@ -229,7 +229,7 @@ class _Numbers(_Ready):
     @property
     def preprocessing(self) -> dict | None:
         "What the training data set does to its images, and its class names; `None` for a data set that is not ours. It travels in the checkpoint."
-        return dataset_attribute(self.train_loader, "preprocessing")
+        return dataset_attribute(self.train_loader, "preprocessing", Mapping)
 
     @property
     def evaluated_model(self) -> nn.Module:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from .checks import schedule_misfit
 from .control import Run, interrupt_stops
-from .core import exact_kernels, length_of
+from .core import exact_kernels, length_of, unwrap
 from .files import to_plain
 from .gate import Stopped
 from .guard import BadSteps, is_out_of_memory
@@ -24,7 +25,7 @@ from .history import History
 from .losses import create_loss_function
 from .optimizers import create_optimizer
 from .passes import Passes
-from .schedulers import create_scheduler, scheduler_length, step_scheduler
+from .schedulers import create_scheduler, step_scheduler
 from .settings import check_setting
 from .steps import RolledBack
 
@@ -100,7 +101,8 @@ class _GoingBack(_Epochs):
         rate = self.learning_rate
         self._roll_back()
         self._bad_steps, self._poisoned = BadSteps(), ""
-        self.set("lr", min(rate, self.learning_rate) / 2)
+        if 0 < min(rate, self.learning_rate) < math.inf:
+            self.set("lr", min(rate, self.learning_rate) / 2)
         self._report(f"{cause} The run went back to step {self.global_step} and goes on with a learning rate of {self.learning_rate:g}.")
 
 # %% ../nbs/17_trainer.ipynb #e3b85559
@@ -210,25 +212,23 @@ class _Life(_Endings):
         self._open_feeds()
         self._folder.sweep()
         self._recall_last()
+        if self.best_weights.available and not self._folder.best.exists():
+            self._owed |= {self._folder.best}  # Of another folder, from which this run goes on
         if self.global_step == 0:
-            self._save()
-        self._tell_schedule()
+            begun = unwrap(self.model).state_dict().items()
+            self._infinite_at_start = [name for name, o in begun if torch.is_tensor(o) and o.is_floating_point() and o.isinf().any()]
+            if self._save() is None and self._poisoned:
+                raise FloatingPointError(f"The model holds NaN before its first step. {self._poisoned}")
+        if text := schedule_misfit(self.scheduler, self._unit, self.total_epochs, length_of(self.train_loader), self.accumulate_gradients):
+            _log.warning("%s", text)
         self.observers.notify("on_run_start", self)
         run.begin()
-
-    def _tell_schedule(self):
-        "A schedule that ends long before the training, or goes on long after it, is probably a slip"
-        length, batches = scheduler_length(self.scheduler), length_of(self.train_loader)
-        steps = -(-batches // self.accumulate_gradients) if batches else None
-        planned = self.total_epochs * (steps or 0) if self._unit == "step" else self.total_epochs
-        if length is not None and planned and not 0.5 < length / planned < 1.2:
-            _log.warning("The schedule is made for %d %ss, the training has %d.", length, self._unit, planned)
 
 # %% ../nbs/17_trainer.ipynb #935a7bf9
 class _Beginnings(_Life):
     "What is true when a run begins"
 
-    def _new_run(self, num_epochs, resume):
+    def _prepare(self, run, num_epochs, resume):
         if self.model is None or self.train_loader is None or self.val_loader is None:
             raise ValueError("A training needs a model and two loaders: UNetTrainer(model, train_loader, val_loader).")
         if self.run is not None and not self.run.ended:
@@ -245,8 +245,8 @@ class _Beginnings(_Life):
         self._name_folders()
         self._take_folder()
         self.history.class_names = (self.preprocessing or {}).get("class_names") or self.history.class_names
-        self.run = Run(history=self.history, on_state=self._on_state)
-        return self.run
+        self.run = run
+        return run
 
 # %% ../nbs/17_trainer.ipynb #d0e691aa
 class UNetTrainer(_Beginnings):
@@ -268,8 +268,9 @@ class UNetTrainer(_Beginnings):
         "Train in this thread. The first Ctrl+C stops in good order, with everything saved; a second one breaks off."
         if on_interrupt not in ("return", "raise"):
             raise ValueError(f"on_interrupt={on_interrupt!r}: use 'return' or 'raise'.")
-        run = self._new_run(num_epochs, resume)
+        run = Run(history=self.history, on_state=self._on_state)
         with interrupt_stops(run) as interrupts:
+            self._prepare(run, num_epochs, resume)
             self._fit(run)
         if run.exception is not None:
             raise run.exception
@@ -291,6 +292,6 @@ class UNetTrainer(_Beginnings):
         resume: str | Path | None = None,  # `'last'` of the checkpoint folder, or a checkpoint file
     ) -> Run:  # The handle: `pause`, `resume`, `stop`, `save`, `set`, `wait`, `state`
         "Train in a background thread; the kernel stays free. An exception ends up in `run.exception` and `run.traceback`."
-        run = self._new_run(num_epochs, resume)
+        run = self._prepare(Run(history=self.history, on_state=self._on_state), num_epochs, resume)
         threading.Thread(target=self._fit, args=(run, True), name="unet-train", daemon=True).start()
         return run

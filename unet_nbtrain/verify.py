@@ -42,6 +42,8 @@ def differences(
     elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape:
         if not torch.equal(one.nan_to_num(), other.nan_to_num()) or not torch.equal(one.isnan(), other.isnan()):
             yield f"{name} differs by up to {(one.double() - other.double()).abs().max().item():.1e}"
+    elif isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        yield f"{name} is {_short(one)} here and {_short(other)} there"
     elif one != other and not (one != one and other != other):
         yield f"{name} is {_short(one)} here and {_short(other)} there"
 
