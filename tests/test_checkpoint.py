@@ -336,7 +336,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 
 @pytest.mark.parametrize("field", ["optimizer_state_dict", "global_step", "epoch", "batch", "meter", "norms", "early_stopping", "history", "settings", "train_metrics"])
 def test_mutant_one_field_forgotten(tmp_path, field):
-    assert not resumed_equals_uninterrupted(tmp_path, forget=field)
+    """Such a file is refused by the saver itself, or, where it could be read, the comparison notices"""
+    try:
+        survived = resumed_equals_uninterrupted(tmp_path, forget=field)
+    except CheckpointError as error:
+        survived = repr(field) not in str(error)
+    assert not survived
 
 
 # Beside the training

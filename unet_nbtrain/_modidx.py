@@ -565,6 +565,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'unet_nbtrain.findings.numbers_html': ('findings.html#numbers_html', 'unet_nbtrain/findings.py'),
                                        'unet_nbtrain.findings.problems_html': ('findings.html#problems_html', 'unet_nbtrain/findings.py')},
             'unet_nbtrain.gate': { 'unet_nbtrain.gate.Gate': ('gate.html#gate', 'unet_nbtrain/gate.py'),
+                                   'unet_nbtrain.gate.Gate._check_first': ('gate.html#gate._check_first', 'unet_nbtrain/gate.py'),
                                    'unet_nbtrain.gate.Gate._count_bad': ('gate.html#gate._count_bad', 'unet_nbtrain/gate.py'),
                                    'unet_nbtrain.gate.Gate._feed': ('gate.html#gate._feed', 'unet_nbtrain/gate.py'),
                                    'unet_nbtrain.gate.Stopped': ('gate.html#stopped', 'unet_nbtrain/gate.py'),

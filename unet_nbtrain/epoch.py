@@ -21,7 +21,7 @@ def check_batch(
     masks: torch.Tensor,  # (N, H, W) or (N, 1, H, W)
     n_classes: int | None = None,  # Of the model; 1 is binary; `None` checks only the shapes
     ignore_index: int | None = None,  # Mask value that counts nowhere
-    finite: bool = True,  # Whether every pixel must be finite
+    spared: int = 0,  # How many of its images may have pixels that are NaN or infinite
 ) -> None:
     "Look at the first batch and raise `ValueError` with the remedy if a training on such batches cannot work."
     if images.ndim != 4 or not len(images):
@@ -32,7 +32,7 @@ def check_batch(
             f"Masks of shape {tuple(masks.shape)} do not fit images of shape {tuple(images.shape)}: "
             "they must be (N, H, W) or (N, 1, H, W) with the same N, H and W. One-hot masks must be turned into class indices (argmax)."
         )
-    if finite and images.is_floating_point() and not torch.isfinite(images).all():
+    if images.is_floating_point() and (~torch.isfinite(images)).flatten(1).any(1).sum() > spared:
         raise ValueError("The first batch has pixels that are NaN or infinite. Clean the images before training.")
     values = plane.unique()
     values = values[values != ignore_index] if ignore_index is not None else values

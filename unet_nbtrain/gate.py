@@ -99,9 +99,7 @@ class Gate(_Obeying):
                     return
                 images, masks = split_batch(batch)
                 if not self._checked:
-                    known = self.n_classes if self.global_step == 0 else None  # A resume begins anywhere, and must not stumble over what a run steps over
-                    check_batch(images, masks, known, self.ignore_index, finite=self.global_step == 0 and self.on_nonfinite == "raise")
-                    self._checked = True
+                    self._check_first(images, masks)
                 if phase == "train":
                     self._start_batch = self.batch = feed.position
                 yield move(images, masks, self.device, channels_last=self.device.type == "cuda")
@@ -109,6 +107,12 @@ class Gate(_Obeying):
             batches.close()
             if self.run is None or self.run.ended:
                 self._feeds.pop(phase).close()
+
+    def _check_first(self, images, masks):
+        "Look at the first batch. A resume begins anywhere, and must not stumble over what a run steps over: there only shapes count"
+        self._checked, begins, strict = True, self.global_step == 0, self.on_nonfinite == "raise"
+        spared = len(images) if not begins else 0 if strict else max(len(images) - 1, 1)
+        check_batch(images, masks, self.n_classes if begins else None, self.ignore_index, spared)
 
     def _count_bad(self, phase, feed, counted):
         "Take over how many samples of the pass are lost so far"
