@@ -210,7 +210,6 @@ class _Life(_Endings):
         self._bad_steps, self._rollbacks, self._gone_back = BadSteps(self.nonfinite_in_a_row), 0, []
         self._poisoned = ""
         self._open_feeds()
-        self._folder.sweep()
         self._recall_last()
         if self.best_weights.available and not self._folder.best.exists():
             self._owed |= {self._folder.best}  # Of another folder, from which this run goes on

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from heard import Heard
 from torch import nn
 
 from unet_nbtrain import UNet, UNetTrainer, create_loss_function
@@ -25,14 +26,6 @@ class Net(nn.Module):
 
     def forward(self, images):
         return self.change(self.layer(images))
-
-
-class Heard:
-    def __init__(self):
-        self.problems = []
-
-    def on_problem(self, trainer, text):
-        self.problems.append(text)
 
 
 @pytest.fixture

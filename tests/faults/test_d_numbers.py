@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from heard import Heard
 from torch import nn
 
 from unet_nbtrain import EarlyStopping, UNet, UNetTrainer, create_optimizer, demo_dataloaders
@@ -15,14 +16,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NOT_HERE = {61: "fp16 with its gradient scaler needs a GPU; the scaler's own skips are PyTorch's"}
 LOADERS = demo_dataloaders(n_train=16, n_val=4, size=32, batch_size=4, augment=None)
-
-
-class Heard:
-    def __init__(self):
-        self.problems = []
-
-    def on_problem(self, trainer, text):
-        self.problems.append(text)
 
 
 class Before:

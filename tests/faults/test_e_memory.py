@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from heard import Heard
 from torch import nn
 
 from unet_nbtrain import UNet, UNetTrainer, create_optimizer, demo_dataloaders
@@ -43,14 +44,6 @@ class Cramped(nn.Module):
 
     def _overflow(self, gradient):
         raise torch.OutOfMemoryError("no room for a gradient")
-
-
-class Heard:
-    def __init__(self):
-        self.problems = []
-
-    def on_problem(self, trainer, text):
-        self.problems.append(text)
 
 
 @pytest.fixture
