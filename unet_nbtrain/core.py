@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -72,8 +73,16 @@ def derive_seed(
     *parts: int | str,  # What the seed is a function of, e.g. `seed, 'augment', epoch, index`
 ) -> int:  # In [0, 2**63), fit for every random generator in use here
     "A seed that depends on all of `parts` and on nothing else: the same on every machine, process and day (BLAKE2b of their text)."
-    text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in map(_plain, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    *known, last = map(_plain, parts)
+    hashed = _hashed(*known).copy()
+    hashed.update(f"{type(last).__name__[0]}{last}".encode())
+    return int.from_bytes(hashed.digest(), "big") >> 1
+
+
+@lru_cache(maxsize=64)
+def _hashed(*parts):
+    "The hash of all parts but the last, which alone changes from step to step"
+    return hashlib.blake2b("".join(f"{type(part).__name__[0]}{part}\x1f" for part in parts).encode(), digest_size=8)
 
 
 def _plain(part):
