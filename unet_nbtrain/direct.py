@@ -7,6 +7,7 @@ __all__ = ['as_it_is', 'DirectReader']
 
 # %% ../nbs/07_direct.ipynb #350f840d
 import copy
+import pickle
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,36 +21,31 @@ from .samples import BatchReader, Parcel, Randomness
 
 # %% ../nbs/07_direct.ipynb #7f3a5d55
 class _Canary:
-    "Watches the global generators: sings as long as nobody draws from them"
+    "Watches the global generators of Python and NumPy: sings as long as nobody draws from them"
 
     def __init__(
         self,
         seed: int,  # Any whole number
     ):
-        self._python, self._torch = random.getstate.__self__, torch.default_generator
-        self._known = random.Random(seed).getstate(), torch.Generator().manual_seed(seed).get_state()
-        self._first = random.Random(seed).random()
+        self._python, self._known, self._first = random.getstate.__self__, random.Random(seed).getstate(), random.Random(seed).random()
         self._numpy, self._twin = np.random.MT19937(seed % 2**32), np.random.Generator(np.random.MT19937(seed % 2**32))
 
     @property
     def sings(self) -> bool:
         "Whether nobody has drawn; asked once, at the end of `watched`."
-        silent = self._python.random() != self._first or np.random.random_sample() != self._twin.random()
-        return not silent and torch.equal(self._torch.get_state(), self._known[1])
+        return self._python.random() == self._first and np.random.random_sample() == self._twin.random()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         "While this lasts, the generators are in a known state; afterwards they are as before."
-        before = self._python.getstate(), self._torch.get_state(), np.random.get_bit_generator()
+        python, numpy = self._python.getstate(), np.random.get_bit_generator()
         np.random.set_bit_generator(self._numpy)
         try:
-            self._python.setstate(self._known[0])
-            self._torch.set_state(self._known[1])
+            self._python.setstate(self._known)
             yield
         finally:
-            self._python.setstate(before[0])
-            self._torch.set_state(before[1])
-            np.random.set_bit_generator(before[2])
+            self._python.setstate(python)
+            np.random.set_bit_generator(numpy)
 
 # %% ../nbs/07_direct.ipynb #ed5ec4a7
 def as_it_is(
@@ -59,12 +55,45 @@ def as_it_is(
     return batch
 
 
+class _OnlyTorch(Randomness):
+    "PyTorch's generator"
+
+    def __init__(self):
+        super().__init__()
+        self._all = self._all[:1]
+
+
+class _Watching(Randomness):
+    "All generators, and whether any but PyTorch's was used so far"
+
+    def __init__(self, *owners):
+        super().__init__(*owners)
+        self._after, self.used = None, len(self._all) > 3
+
+    def seed(self, *parts):
+        self._look()
+        super().seed(*parts)
+        self._after = self._states()
+
+    def _states(self):
+        return pickle.dumps([read(generator) for generator, (read, _, _) in self._all[1:3]])
+
+    def _look(self):
+        self.used |= self._after not in (None, self._states())
+
+    @contextmanager
+    def kept(self):
+        with super().kept():
+            yield
+            self._look()
+
+# %% ../nbs/07_direct.ipynb #6c04d110
 _HARMLESS = (list, tuple, TensorDataset)
 _COLLATES = (default_collate, default_convert, as_it_is)
 
 
 class DirectReader:
-    "The parcels of a pass, read in this thread. To read: `draws`, whether the data set has been found to use random numbers."
+    "The parcels of a pass, read in this thread. To read: `draws`, whether the data set uses random numbers of Python or NumPy; `None` before the first batch."
 
     def __init__(
         self,
@@ -73,11 +102,11 @@ class DirectReader:
         pin_memory: bool = False,  # Whether batches go to pinned memory, from which a GPU copies faster
     ):
         self._reader, self._tickets, self._pins = reader, tickets, pin_memory and torch.cuda.is_available()
-        self._plain = copy.copy(reader)
-        self._plain.seeds_itself = True
         harmless = all(type(leaf) in _HARMLESS for leaf in reader._inside) and reader.collate in _COLLATES
-        self._known = reader.seeds_itself or harmless
-        self.draws = not self._known and len(Randomness(*reader._inside)._all) > 3
+        self._quick, self._first = copy.copy(reader), copy.copy(reader)
+        self._quick.seeds_itself = reader.seeds_itself or harmless
+        self._quick._randomness, self._first._randomness = _OnlyTorch(), _Watching(*reader._inside)
+        self.draws = None if not self._quick.seeds_itself else False
         self._canary = _Canary(derive_seed(reader.seed, "canary"))
 
     def __iter__(self) -> Iterator[Parcel]:
@@ -86,11 +115,15 @@ class DirectReader:
 
     def _read(self, ticket):
         "The parcel of a ticket"
-        if self._known:
-            return self._plain.__getitems__(ticket)
+        if self.draws is None:
+            parcel = self._first.__getitems__(ticket)
+            self.draws = self._first._randomness.used
+            return parcel
+        if self._quick.seeds_itself:
+            return self._quick.__getitems__(ticket)
         if not self.draws:
             with self._canary.watched():
-                parcel = self._plain.__getitems__(ticket)
+                parcel = self._quick.__getitems__(ticket)
                 self.draws = not self._canary.sings
             if not self.draws:
                 return parcel
