@@ -28,6 +28,7 @@ ALLOWED = {
     "mask_picture": {"numpy", "PIL"},
     "mask_summary": {"torch"},
     "transforms": {"torch", "numpy", "PIL"},
+    "stored_pairs": {"torch", "numpy", "PIL"},
     "disk": set(),
     "records": set(),
     "history": set(),

@@ -220,6 +220,8 @@ class _Limited(_Folder):
             entries, wanted = self._entries(), {self._path(key) for key in keys if key}
             found = wanted & entries.keys()
             others, now = sorted((used, bytes_, path) for path, (used, bytes_) in entries.items() if path not in wanted), time.time()
+            for path in found:
+                os.utime(path)
             self._size = sum(bytes_ for _, bytes_ in entries.values())
             coming = size * (len(wanted) - len(found)) // max(1, len(wanted))
             for used, bytes_, path in others:
@@ -252,23 +254,20 @@ class DiskCache(_Limited):
     def get(
         self,
         key: str | None,  # From `entry_key`
-    ) -> list[np.ndarray] | None:  # Read-only arrays, mapped from the file; `None` where there are none
+    ) -> list[np.ndarray] | None:  # Mapped from the file, which writing into them does not change; `None` where there are none
         "What was kept under a key."
         if key is None:
             return None
-        path, fresh = self._path(key), key not in self._checked
+        path = self._path(key)
         try:
             with open(path, "rb") as file:
-                arrays = _unpacked(key, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), fresh)
+                arrays = _unpacked(key, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), key not in self._checked)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, struct.error) as error:
             self._discard(path, error)
             return None
-        if fresh:
-            self._checked.add(key)
-            with suppress(OSError):  # A folder that others fill may be for reading only
-                os.utime(path)
+        self._checked.add(key)
         return arrays
 
     def put(
