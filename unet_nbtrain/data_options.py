@@ -29,6 +29,7 @@ def check_options(
     num_workers: int | None = None,  # At least 0
     seed: int = 0,  # Any whole number
     cache: bool | str | Path = "auto",  # `True`, `False`, `'auto'`, `'disk'`, or a folder
+    augment_on: str = "loader",  # `'loader'` or `'device'`
     foreground_crops: float = 0.0,  # A share, in [0, 1]
     image_size: int | Sequence[int] | None = None,  # Whether images are resized
     pad: int | str | Sequence[int] | None = None,  # Whether images are padded
@@ -47,6 +48,7 @@ def check_options(
         (foreground is None or one_class, f"foreground={foreground!r} is for n_classes=1; with n_classes={n_classes!r} the masks hold class indices."),
         (not one_class or not _whole(ignore_index) or ignore_index not in (0, 1), f"ignore_index={ignore_index!r} with one class, where 0 and 1 are background and foreground. Use another value."),
         (isinstance(cache, (bool, Path)) or isinstance(cache, str) and (cache in ("auto", "disk") or os.sep in cache), f"cache={cache!r}: use True (in memory), 'disk', False, 'auto' (in memory if they fit, else on the disk), or a folder as a Path."),
+        (isinstance(augment_on, str) and augment_on in ("loader", "device"), f"augment_on={augment_on!r}: use 'loader' (image by image), or 'device' (whole batches, where the training is)."),
         (share, f"foreground_crops={foreground_crops!r}: use a share from 0 (windows anywhere) to 1 (all of them on the foreground)."),
         (pad is None or image_size is None, f"pad={pad!r} and image_size={image_size!r}: resized images have one size already. Leave one of the two out."),
         (pad is None or ignore_index is not None, f"pad={pad!r} needs ignore_index, the label that keeps the margin out of loss and metrics. Pass a value that no mask has, such as ignore_index=-1."),
