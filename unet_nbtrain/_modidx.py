@@ -706,6 +706,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'unet_nbtrain.image_cache.MemoryStore.nbytes': ( 'image_cache.html#memorystore.nbytes',
                                                                                            'unet_nbtrain/image_cache.py'),
                                           'unet_nbtrain.image_cache._Folder': ('image_cache.html#_folder', 'unet_nbtrain/image_cache.py'),
+                                          'unet_nbtrain.image_cache._Folder.__getstate__': ( 'image_cache.html#_folder.__getstate__',
+                                                                                             'unet_nbtrain/image_cache.py'),
                                           'unet_nbtrain.image_cache._Folder.__init__': ( 'image_cache.html#_folder.__init__',
                                                                                          'unet_nbtrain/image_cache.py'),
                                           'unet_nbtrain.image_cache._Folder._close': ( 'image_cache.html#_folder._close',

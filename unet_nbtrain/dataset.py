@@ -149,17 +149,6 @@ class SegmentationDataset(_WholeBatches):
         image, mask = self._changed(index, prepare_image(image), torch.from_numpy(mask))
         return normalize_image(image, self.mean, self.std), mask[None].float() if self.n_classes == 1 else mask.long()
 
-# %% ../nbs/07_dataset.ipynb #84442991
-def augment_batches(
-    dataset: SegmentationDataset,  # With a pipeline of ours as `augment`; changed in place
-) -> None:
-    "From here on, augment whole batches on the device instead of images one by one. Raises `ValueError` for an augmentation that is not ours."
-    if dataset.augment is None:
-        return
-    if not isinstance(dataset.augment, AugmentationPipeline):
-        raise ValueError(f"augment_on='device' needs 'light', 'medium', 'heavy' or a pipeline of get_augmentation_pipeline, and augment is {dataset.augment!r}. Use augment_on='loader'.")
-    dataset.batch_transform, dataset.augment = BatchAugmentation(dataset.augment, dataset.seed, dataset.mean, dataset.std), None
-
 # %% ../nbs/07_dataset.ipynb #4ef5fb58
 def _check_pad(dataset, index, mask):
     "Raise `ValueError` where an image is larger than the padding"
@@ -181,6 +170,17 @@ def _statistics(dataset):
     mean, std = pool_moments(in_threads(lambda i: channel_moments(dataset.arrays(i)[0]), len(dataset)))
     _log.info("mean %s, standard deviation %s of %d images", mean, std, len(dataset))
     return mean, std
+
+# %% ../nbs/07_dataset.ipynb #84442991
+def augment_batches(
+    dataset: SegmentationDataset,  # With a pipeline of ours as `augment`; changed in place
+) -> None:
+    "From here on, augment whole batches on the device instead of images one by one. Raises `ValueError` for an augmentation that is not ours."
+    if dataset.augment is None:
+        return
+    if not isinstance(dataset.augment, AugmentationPipeline):
+        raise ValueError(f"augment_on='device' needs 'light', 'medium', 'heavy' or a pipeline of get_augmentation_pipeline, and augment is {dataset.augment!r}. Use augment_on='loader'.")
+    dataset.batch_transform, dataset.augment = BatchAugmentation(dataset.augment, dataset.seed, dataset.mean, dataset.std), None
 
 # %% ../nbs/07_dataset.ipynb #f8137ca3
 def demo_dataloaders(
@@ -231,18 +231,15 @@ def create_dataloaders(
 ) -> tuple[DataLoader, DataLoader]:  # For training and for validation
     """Loaders for a folder of images and a folder of masks, paired by name and sorted so that `2.png` comes before `10.png`.
 
-    Raises `ValueError` that names the option or the files for all that does not fit together.
-    """
+    Raises `ValueError` that names the option or the files for all that does not fit together."""
     check_options(
         batch_size=batch_size, n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, num_workers=num_workers,
         seed=seed, cache=cache, foreground_crops=foreground_crops, image_size=image_size, pad=pad, colors=colors, augment_on=augment_on,
     )  # fmt: skip
     resize, window, pipeline = as_size(image_size, "image_size"), as_size(crop, "crop"), as_pipeline(augment, ignore_index)
     pairs, val = _find_pairs(images, masks, val, mask_suffix=mask_suffix, mask_pattern=mask_pattern)
-    options = dict(
-        n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, colors=colors, image_size=resize, seed=seed,
-        class_names=as_class_names(class_names, n_classes),
-    )  # fmt: skip
+    options = dict(n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, colors=colors, image_size=resize, seed=seed)
+    options |= dict(class_names=as_class_names(class_names, n_classes))
     parts = split_positions(relative_names([image for image, _ in pairs]), val, seed, groups)
     headers = [_checked_header(*pair) for pair in pairs]
     sizes, n_channels = [resize or header[:2] for header in headers], common_channels({header.channels for header in headers})
@@ -254,8 +251,7 @@ def create_dataloaders(
     train_files, val_files = ([list(o) for o in zip(*(pairs[i] for i in part))] for part in parts)
     train = SegmentationDataset(*train_files, crop=crops, pad=None if crops else margin, augment=pipeline, normalize=normalize, **options)
     held_out = SegmentationDataset(*val_files, pad=margin, normalize=train.mean and (train.mean, train.std), **options)
-    if augment_on == "device":
-        augment_batches(train)
+    augment_batches(train) if augment_on == "device" else None
     return _loaders(train, held_out, batch_size, num_workers, margin or len({sizes[i] for i in parts[1]}) == 1)
 
 # %% ../nbs/07_dataset.ipynb #73d8653b

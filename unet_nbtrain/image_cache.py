@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -148,17 +149,14 @@ def _packed(key, arrays):
 
 
 def _sum(key, parts):
-    total = zlib.crc32(key.encode())
-    for part in parts:
-        total = zlib.crc32(part, total)
-    return total
+    return reduce(lambda total, part: zlib.crc32(part, total), parts, zlib.crc32(key.encode()))
 
 
-def _unpacked(key, data, check):
+def _unpacked(key, data):
     "The arrays in a mapped file; raises `ValueError` for anything but what `_packed` made for this key"
     magic, total, length = _HEAD.unpack_from(data)
     view = memoryview(data)
-    if magic != _MAGIC or (check and _sum(key, [view[_HEAD.size :]]) != total):
+    if magic != _MAGIC or _sum(key, [view[_HEAD.size :]]) != total:
         raise ValueError("its bytes are not those that were written")
     start = _HEAD.size + length
     return [np.ndarray(shape, dtype, data, start + at) for dtype, shape, at in json.loads(data[_HEAD.size : start])]
@@ -166,7 +164,7 @@ def _unpacked(key, data, check):
 # %% ../nbs/05_image_cache.ipynb #98bb4012
 _NAME = re.compile(r"[0-9a-f]{32}\.unetimg")
 _LIMIT, _RESERVE, _LOOK_AGAIN = 20_000_000_000, 1_000_000_000, 32_000_000  # Bytes
-_UNUSED, _ABANDONED = 60 * 86400, 3600  # Seconds
+_UNUSED, _ABANDONED, _MAPS = 60 * 86400, 3600, 16_384  # Seconds, seconds, files that one process keeps mapped
 
 
 class _Folder:
@@ -179,7 +177,10 @@ class _Folder:
         reserve: int = _RESERVE,  # Bytes of the disk that are left to others
     ):
         self.folder, self.limit, self.reserve = Path(folder or cache_folder()), limit, reserve
-        self._size, self._written, self._checked, self._closed, self._told = 0, 0, set(), False, False
+        self._size, self._written, self._open, self._closed, self._told = 0, 0, {}, False, False
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": {}}
 
     def _entries(self):
         "All entries with the time of their last use and their size; what a dead process left half-written is removed"
@@ -254,20 +255,21 @@ class DiskCache(_Limited):
     def get(
         self,
         key: str | None,  # From `entry_key`
-    ) -> list[np.ndarray] | None:  # Mapped from the file, which writing into them does not change; `None` where there are none
+    ) -> list[np.ndarray] | None:  # Mapped from the file, not to be written to; `None` where there are none
         "What was kept under a key."
-        if key is None:
-            return None
+        if key is None or key in self._open:
+            return self._open.get(key)
         path = self._path(key)
         try:
             with open(path, "rb") as file:
-                arrays = _unpacked(key, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), key not in self._checked)
+                arrays = _unpacked(key, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, struct.error) as error:
             self._discard(path, error)
             return None
-        self._checked.add(key)
+        if len(self._open) < _MAPS:
+            self._open[key] = arrays
         return arrays
 
     def put(
@@ -283,6 +285,7 @@ class DiskCache(_Limited):
             with open(temporary, "wb") as file:
                 file.writelines(_packed(key, arrays))
             os.replace(temporary, self._path(key))
+            self._open.pop(key, None)
         except OSError as error:
             self._close(error)
             with suppress(OSError):
@@ -293,7 +296,5 @@ class DiskCache(_Limited):
         if not self._told:
             _log.warning("%s is damaged (%s). It is removed, and its image is decoded again.", path, error)
         self._told = True
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as reason:
-            self._close(reason)
+        with suppress(OSError):
+            path.unlink()
