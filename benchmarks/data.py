@@ -49,18 +49,12 @@ def train_loader(folders, **options):
     return create_dataloaders(*folders, **{"batch_size": BATCH, "val": [0], "augment": None, "num_workers": 0, "cache": True} | options)[0]
 
 
-def clocks():
-    children = os.times()
-    return time.perf_counter(), time.process_time(), time.process_time() + children.children_user + children.children_system
-
-
 def timed(epoch):
-    """Wall and processor seconds of one epoch; every batch is touched."""
-    wall, own, _ = clocks()
-    for images, masks in epoch():
-        images[0, 0, 0, 0], masks[0, 0, 0, 0]
-    wall_after, own_after, _ = clocks()
-    return wall_after - wall, own_after - own
+    """Wall and processor seconds of one epoch, given as a loader or as a function that begins one."""
+    wall, own = time.perf_counter(), time.process_time()
+    for images, masks in epoch() if callable(epoch) else epoch:
+        assert len(images) == len(masks)
+    return time.perf_counter() - wall, time.process_time() - own
 
 
 def by_turns(epochs, rounds):
@@ -95,10 +89,10 @@ def ratios(folders, loader, rounds):
     epochs = {
         "ready float32 tensors, indexed": ready,
         "the same once more": ready,
-        "DataLoader over a TensorDataset": lambda: iter(DataLoader(TensorDataset(images, masks), batch_size=BATCH, shuffle=True)),
-        "our loader, cache=True": lambda: iter(loader),
+        "DataLoader over a TensorDataset": DataLoader(TensorDataset(images, masks), batch_size=BATCH, shuffle=True),
+        "our loader, cache=True": loader,
         "our loader, through the trainer's feed": feed_epochs(loader, feeds),
-        "our loader, cache='disk'": lambda: iter(disk),
+        "our loader, cache='disk'": disk,
         "our loader, cache='disk', through the feed": feed_epochs(disk, feeds),
     }
     found = by_turns(epochs, rounds)
@@ -137,15 +131,13 @@ def loading(folders, rounds):
     """Microseconds of wall time for an image, by where it comes from and who reads it."""
     rows = []
     for workers in (0, 1, 2):
-        for name, cache in (("files, decoded each time", False), ("memory", True), ("disk cache, first epoch", None), ("disk cache, later epochs", None)):
-            if "later" in name:
-                epochs = rounds
-            else:
-                loader = train_loader(folders, num_workers=workers, cache=folders[0].parent / f"cache{workers}" if cache is None else cache)
-                if workers and cache is not None:
-                    timed(lambda: iter(loader))
-                epochs = 1 if cache is None else rounds
-            times = [timed(lambda: iter(loader)) for _ in range(epochs)]
+        loaders = {name: train_loader(folders, num_workers=workers, cache=cache) for name, cache in {"files, decoded each time": False, "memory": True}.items()}
+        loaders["disk cache, first epoch"] = loaders["disk cache, later epochs"] = train_loader(folders, num_workers=workers, cache=folders[0].parent / f"cache{workers}")
+        for name, loader in loaders.items():
+            first = "first" in name
+            if workers and not first:
+                timed(loader)
+            times = [timed(loader) for _ in range(1 if first else rounds)]
             wall, own = (min(o[i] for o in times) / len(loader.dataset) * 1e6 for i in (0, 1))
             rows.append((name, str(workers), f"{wall:.0f}", f"{own:.0f}"))
     return rows
@@ -157,20 +149,22 @@ def augmenting(loader, device):
     there, rows = [o.to(device) for o in (images, masks)], []
     for strength in ("light", "medium", "heavy"):
         pipeline = get_augmentation_pipeline(strength=strength)
-        whole = BatchAugmentation(pipeline)
-        calls = {"one": lambda i: [pipeline(*pair, i) for pair in zip(images, masks)], "whole": lambda i: whole(*there, 0, i)}
-        found = {name: [] for name in calls}
+        whole, one, batch = BatchAugmentation(pipeline), [], []
         for i in range(6):
-            for name, call in calls.items():
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                began = time.perf_counter()
-                call(i)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                found[name].append((time.perf_counter() - began) / len(images) * 1000)
-        rows.append((strength, *(f"{statistics.median(times[1:]):.2f}" for times in found.values())))
+            one.append(seconds_of(device, lambda p=pipeline, i=i: [p(*pair, i) for pair in zip(images, masks)]))
+            batch.append(seconds_of(device, lambda w=whole, i=i: w(*there, 0, i)))
+        rows.append((strength, *(f"{statistics.median(times[1:]) / len(images) * 1000:.2f}" for times in (one, batch))))
     return rows
+
+
+def seconds_of(device, call):
+    """Wall seconds of a call, what it left to do on the device included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else int
+    wait()
+    began = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - began
 
 
 def table(head, rows):
