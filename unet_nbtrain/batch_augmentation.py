@@ -15,26 +15,38 @@ import torch.nn.functional as F
 from .augmentation import AugmentationPipeline
 from .core import derive_seed
 
-# %% ../nbs/06_batch_augmentation.ipynb #3f84a40f
+# %% ../nbs/06_batch_augmentation.ipynb #eac2c071
+def _sent(values, device):
+    "Numbers on their way to the device; nobody waits for their arrival"
+    return values.to(device, non_blocking=True)
+
+
+def _constant(values, images):
+    "One number for each channel, beside the images"
+    return _sent(torch.tensor([float(v) for v in values], dtype=images.dtype)[:, None, None], images.device)
+
+# %% ../nbs/06_batch_augmentation.ipynb #8a569eee
 def _per_image(values, like):
     "One value for each image, in a shape that spreads over the others"
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _chosen(where, changed, tensor):
-    "Some images of a batch changed, the others not"
-    return torch.where(_per_image(where, tensor), changed, tensor)
+def _turned(tensor, kind):
+    "Mirrored (1: left-right, 2: up-down) and with rows and columns exchanged (4)"
+    axes = [axis for bit, axis in ((1, -1), (2, -2)) if kind & bit]
+    tensor = tensor.flip(axes) if axes else tensor
+    return tensor.transpose(-1, -2) if kind & 4 else tensor
 
 
 def _orient(tensors, coins, upright):
-    "Mirror and turn images and masks; `coins` (N, 3) in [0, 1)"
-    across, down, turned = (coins < 0.5).unbind(1)
-    tensors = [_chosen(across, o.flip(-1), o) for o in tensors]
-    if upright:
-        return tensors
-    tensors = [_chosen(down, o.flip(-2), o) for o in tensors]
+    "Mirror and turn images and masks; `coins` (N, 3) in [0, 1), on the CPU"
     square = tensors[0].shape[-1] == tensors[0].shape[-2]
-    return [_chosen(turned, o.transpose(-1, -2), o) for o in tensors] if square else tensors
+    kinds = ((coins < 0.5) * torch.tensor([1, 2 * (not upright), 4 * (square and not upright)])).sum(1)
+    order = kinds.argsort(stable=True)
+    found, counts = kinds[order].unique_consecutive(return_counts=True)
+    there, back = _sent(torch.stack([order, order.argsort()]), tensors[0].device)
+    groups = [tensor[there].split(counts.tolist()) for tensor in tensors]
+    return [torch.cat([_turned(part, kind) for part, kind in zip(parts, found.tolist())])[back] for parts in groups]
 
 # %% ../nbs/06_batch_augmentation.ipynb #e35b4b42
 _NODES = 3
@@ -111,10 +123,10 @@ class BatchAugmentation:
         "Images in [0, 1] and masks, changed by these numbers (N, 10), nodes (N, 2, 3, 3), and noise of this seed"
         todo, (height, width) = self.pipeline, images.shape[-2:]
         warped = (numbers[:, 3] < todo.warp).nonzero()[:, 0]
-        packed = _sent(torch.cat([numbers, nodes.flatten(1)], 1), images.device)
-        numbers, nodes, even = packed[:, :10], packed[:, 10:].reshape(nodes.shape), 2 * packed[:, :10] - 1
         if todo.orient:
             images, masks = _orient([images, masks], numbers[:, :3], todo.upright)
+        packed = _sent(torch.cat([numbers, nodes.flatten(1)], 1), images.device)
+        numbers, nodes, even = packed[:, :10], packed[:, 10:].reshape(nodes.shape), 2 * packed[:, :10] - 1
         if len(warped):
             at = _sent(warped, images.device)
             angle, zoom = torch.deg2rad(even[at, 4] * todo.rotate), (1 + todo.zoom) ** even[at, 5]
@@ -129,13 +141,3 @@ class BatchAugmentation:
             strength = _per_image(numbers[:, 9] * todo.noise, images)
             images = torch.randn(images.shape, generator=generator, device=images.device).mul_(strength).add_(images).clamp_(0, 1)
         return images, masks
-
-# %% ../nbs/06_batch_augmentation.ipynb #eac2c071
-def _sent(values, device):
-    "Numbers on their way to the device; nobody waits for their arrival"
-    return values.to(device, non_blocking=True)
-
-
-def _constant(values, images):
-    "One number for each channel, beside the images"
-    return _sent(torch.tensor([float(v) for v in values], dtype=images.dtype)[:, None, None], images.device)
