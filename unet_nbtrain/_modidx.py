@@ -1665,6 +1665,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'unet_nbtrain/stored_pairs.py'),
                                            'unet_nbtrain.stored_pairs._Sources.__init__': ( 'stored_pairs.html#_sources.__init__',
                                                                                             'unet_nbtrain/stored_pairs.py'),
+                                           'unet_nbtrain.stored_pairs._decoder': ( 'stored_pairs.html#_decoder',
+                                                                                   'unet_nbtrain/stored_pairs.py'),
                                            'unet_nbtrain.stored_pairs._read_pair': ( 'stored_pairs.html#_read_pair',
                                                                                      'unet_nbtrain/stored_pairs.py'),
                                            'unet_nbtrain.stored_pairs._roomy': ('stored_pairs.html#_roomy', 'unet_nbtrain/stored_pairs.py'),

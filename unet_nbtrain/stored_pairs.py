@@ -6,9 +6,13 @@
 __all__ = ['in_threads', 'choose_place', 'StoredPairs']
 
 # %% ../nbs/06_stored_pairs.ipynb #271b3006
+import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +122,19 @@ class _Located(_Sources):
             return f"in memory ({self._memory.nbytes / 1e6:.0f} MB)"
         return f"decoded once and kept in {self._disk.folder} ({self._found} of {len(self)} are there)" if self._disk else "read from their files each time"
 
+# %% ../nbs/06_stored_pairs.ipynb #1142a3e4
+_DECODERS = "raster", "colors", "image_files", "transforms", "stored_pairs"
+
+
+@cache
+def _decoder():
+    "Which program decodes, as a short text"
+    folder, digest = Path(sys.modules[ImageHeader.__module__].__file__).parent, hashlib.blake2b(digest_size=8)
+    for name in _DECODERS:
+        with suppress(OSError):  # Without its source, a package is told by its options and Pillow alone
+            digest.update((folder / f"{name}.py").read_bytes())
+    return digest.hexdigest() + PIL.__version__
+
 # %% ../nbs/06_stored_pairs.ipynb #203f5331
 class StoredPairs(_Located):
     "Images with their masks, from files or arrays, decoded and resized; kept where `keep` says."
@@ -153,7 +170,7 @@ class StoredPairs(_Located):
 
     def _prepare_disk(self, folder):
         "Open the cache and make room there, by an estimate from a few headers"
-        decides = [self.n_channels, self.n_classes, self.foreground, self.ignore_index, self.colors, self.image_size, PIL.__version__]
+        decides = [self.n_channels, self.n_classes, self.foreground, self.ignore_index, self.colors, self.image_size, _decoder()]
         self._decides, self._disk = json.dumps(as_plain(decides)), DiskCache(folder)
         some = self.images[:: -(-len(self) // 20)]
         shapes = [(*(self.image_size or header[:2]), self.n_channels) for header in map(read_header, some)]
