@@ -174,9 +174,10 @@ def table(head, rows):
 
 def report(args, tables, device, seconds):
     cuda = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
+    busy = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return f"""# Getting a batch
 
-{args.images} images of {args.size} x {args.size} pixels in colour with masks, batches of {BATCH}, one thread, {platform.machine()}, {os.cpu_count()} cores, {cuda}, torch {torch.__version__}, {date.today()}. Measured in {seconds:.0f} s.
+{args.images} images of {args.size} x {args.size} pixels in colour with masks, batches of {BATCH}, one thread, {platform.machine()}, {os.cpu_count()} cores{busy}, {cuda}, torch {torch.__version__}, {date.today()}. Measured in {seconds:.0f} s.
 
 ## Beside ready tensors
 
@@ -192,7 +193,7 @@ Microseconds of processor time.
 
 ## Where an image comes from
 
-Microseconds for an image with its mask, the best of several epochs: by the clock, and processor time of the process that trains. Workers are kept from epoch to epoch.
+Microseconds for an image with its mask, the best of several epochs: by the clock, and processor time of the process that trains. Workers are kept from epoch to epoch. The clock means little where the load is higher than the cores.
 
 {tables["loading"]}
 
