@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .core import dataset_attribute, length_of, move, split_batch
+from .core import Carrier, dataset_attribute, length_of, split_batch
 from .epoch import check_batch
 from .feeding import Feed
 from .state import TrainerState
@@ -88,6 +88,7 @@ class Gate(_Obeying):
         feed = self._feed_of(phase, loader)
         batches, counted = feed.batches(epoch, start), 0
         change = phase == "train" and dataset_attribute(loader, "batch_transform") or _as_it_came
+        carry = Carrier(self.device, channels_last=self.device.type == "cuda")
         try:
             while True:
                 self._obey()
@@ -103,7 +104,7 @@ class Gate(_Obeying):
                     self._check_first(images, masks)
                 if phase == "train":
                     self._start_batch = self.batch = feed.position
-                yield change(*move(images, masks, self.device, channels_last=self.device.type == "cuda"), epoch, feed.position)
+                yield change(*carry(images, masks), epoch, feed.position)
         finally:
             batches.close()
             if self.run is None or self.run.ended:
