@@ -436,6 +436,6 @@ def test_the_share_of_waiting_for_data_is_true(tmp_path, one_thread, reading, tr
     row = trainer.history.rows[-1]
     assert len(data.taken) == 12
     if reading:
-        assert row["data_wait"] * row["seconds"] == pytest.approx(sum(data.taken), rel=0.1) and row["data_wait"] > 0.5
+        assert 0.99 * sum(data.taken) <= row["data_wait"] * row["seconds"] <= row["seconds"] and row["data_wait"] > 0.5
     else:
         assert row["data_wait"] * row["seconds"] <= row["seconds"] - 12 * training + 0.01
