@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from unet_nbtrain.loggers import ProgressBar
 from unet_nbtrain.trainer import UNetTrainer
 
 from .cases import NAMES, Counts
@@ -101,6 +102,11 @@ def ours(work, **options):
     trainer_of(work, **options).train(work.epochs)
 
 
+def ours_bar(work):
+    "The same with the bar alone: no TensorBoard, no log files; checkpoints as always"
+    ours(work, observers=[ProgressBar()])
+
+
 def ours_loop(work):
     "The same with PyTorch's default AdamW in place of the fused one"
     ours(work, optimizer=work.optimizer())
@@ -110,10 +116,11 @@ def ours_panel(work):
     "The trainer in the background and the panel open: its pump runs and paints, as in a notebook, but there is no browser to send to"
     from unet_nbtrain.panel import TrainerPanel
 
-    panel = TrainerPanel(trainer=trainer_of(work), num_epochs=work.epochs)
+    trainer = trainer_of(work)
+    panel = TrainerPanel(trainer=trainer, num_epochs=work.epochs)
     panel.show()
     try:
-        panel.start()
+        trainer.start(work.epochs)  # Not `panel.start()`, which looks at the masks first and wants single images in the data set
         panel.wait()
     finally:
         panel._pump.close()

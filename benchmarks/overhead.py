@@ -1,43 +1,55 @@
 """What a trainer costs beside the raw PyTorch loop: same weights, same batches, same numbers and the same final weights, in turns.
 
-    python -m benchmarks.overhead [--cases conv1 tiny small] [--pairs 8] [--only ours ours_panel …] [--peers lightning …]
-                                  [--clip 1.0] [--out benchmarks/results/overhead.md]
+    python -m benchmarks.overhead [--cases conv1 tiny small] [--pairs 8] [--only raw_again ours …] [--peers | --peers lightning …]
+                                  [--clip 1.0] [--panel 4] [--out benchmarks/results/overhead.md]
 
-benchmarks/README.md says how to read the table. With `--peers` it runs in an environment of its own, which it makes at first use.
+benchmarks/README.md says how to read the tables. With `--peers` it runs in an environment of its own, made at first use.
 """
 
 import argparse
+import math
 import statistics
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import loops
+from . import environment, loops, peers
 from .cases import CASES, NAMES, describe, fit, one_thread, tell
 from .pairs import is_void, spread, take_turns
-from .tables import RESULTS, environment, table, write
+from .tables import RESULTS, circumstances, table, write
 
-OURS = {"raw_again": loops.raw, "raw_usual": loops.raw_usual, "ours": loops.ours, "ours_loop": loops.ours_loop}
 BASES = {"raw": loops.raw, "raw_fused": loops.raw_fused}
-OPTIMIZERS = {"raw_fused": "AdamW, fused", "ours": "AdamW, fused"}  # The others have AdamW as PyTorch gives it, a loop over the tensors
+OURS = {
+    "raw_again": loops.raw, "raw_fused": loops.raw_fused, "raw_usual": loops.raw_usual,
+    "ours": loops.ours, "ours_bar": loops.ours_bar, "ours_loop": loops.ours_loop,
+}
+LOOP = "PyTorch's AdamW, a loop over tensors"
+OPTIMIZERS = {  # What took part, and in brackets what one gets who does not choose
+    "raw_fused": "AdamW, fused", "ours": "AdamW, fused (the default)", "ours_bar": "AdamW, fused (the default)",
+    "keras": "Keras' AdamW (default RMSprop)", "fastai": f"{LOOP} (default: its own Adam)", "skorch": f"{LOOP} (default SGD)",
+    "hf_trainer": f"{LOOP} (default AdamW, fused)",
+}
+BY_DESIGN = {"raw_usual": "means over batches, not the epoch's", "keras": "its epsilon stands in another place"}
 AGREE = 1e-5  # Numbers and weights of equal work may differ by so much
-HEADS = (
-    "trainer", "optimizer", "CPU over raw", "CPU over raw_fused", "wall over raw", "best epochs", "us/step over raw", "us/step over raw_fused",
-    "in the loop: us/step over raw_fused", "once a fit: ms", "numbers differ", "weights differ",
-)
 
 
 # What a fit costs
 
 
 def epoch_step(fit, clock="cpu"):
-    "Microseconds a step in the median steady epoch, all that is done once an epoch included"
+    "Microseconds a step in the median steady epoch, with all that is done once an epoch"
     return statistics.median(fit.epochs(clock)) / fit.case.steps * 1e6
 
 
-def epoch_steps(fit):
+def each_epoch_step(fit):
     "The same for each steady epoch"
     return [seconds / fit.case.steps * 1e6 for seconds in fit.epochs("cpu")]
+
+
+def mean_step(fit, clock="cpu"):
+    "Microseconds a step over all steady epochs, with what happens now and then"
+    return statistics.fmean(fit.epochs(clock)) / fit.case.steps * 1e6
 
 
 def loop_step(fit):
@@ -61,71 +73,116 @@ def apart(fit, other):
 
 
 def unequal(pairs):
-    "The same for all fits of a contestant against the raw loop beside it"
-    found = [apart(fit, near[0]) for fit, near in zip(pairs.fits, pairs.bases["raw"])]
+    "The same for all fits of a contestant against the raw loops beside it, with the same optimizer if there is one"
+    base = "raw_fused" if "AdamW, fused" in OPTIMIZERS.get(pairs.name, LOOP).split(" (")[0] else "raw"
+    found = [apart(fit, near[0]) for fit, near in zip(pairs.fits, pairs.bases[base])]
     return tuple(max(column) for column in zip(*found))
 
 
-# The table
+def verdict(name, difference):
+    "A difference in a table, with a word where it is too large"
+    text = f"{difference:.0e}"
+    return text if difference <= AGREE else f"{text}: {BY_DESIGN.get(name, '**not the same work**')}"
 
 
-def row_of(pairs):
-    "A line of the table"
-    if pairs.error or not pairs.fits:
-        return [pairs.name, f"did not run: {pairs.error}"[:160].replace("|", "/")] + [""] * (len(HEADS) - 2)
-    numbers, weights = (f"{o:.0e}" if o <= AGREE else f"**{o:.0e}**" for o in unequal(pairs))
+# The tables
+
+
+def costs_of(pairs):
+    "A line of the first table"
+    step, loop = epoch_step, loop_step
     return [
-        pairs.name,
-        OPTIMIZERS.get(pairs.name, "AdamW, loop"),
-        spread(pairs.ratios("raw", epoch_step), "{:.3f}"),
-        spread(pairs.ratios("raw_fused", epoch_step), "{:.3f}"),
-        spread(pairs.ratios("raw", partial(epoch_step, clock="wall")), "{:.3f}"),
-        f"{pairs.best('raw', epoch_steps):.3f}",
-        spread(pairs.differences("raw", epoch_step), "{:.0f}"),
-        spread(pairs.differences("raw_fused", epoch_step), "{:.0f}"),
-        spread(pairs.differences("raw_fused", loop_step), "{:.0f}"),
-        f"{statistics.median(pairs.differences('raw', once)):.0f}",
-        numbers,
-        weights,
+        spread(pairs.ratios("raw", step), "{:.3f}"), spread(pairs.ratios("raw_fused", step), "{:.3f}"),
+        spread(pairs.differences("raw", step), "{:.0f}"), spread(pairs.differences("raw_fused", step), "{:.0f}"),
+        spread(pairs.differences("raw_fused", loop), "{:.0f}"),
     ]
 
 
-def report(case, results, rounds):
-    "Heading, circumstances and table of a case"
+def rest_of(pairs):
+    "A line of the second table"
+    numbers, weights = (verdict(pairs.name, o) for o in unequal(pairs))
+    wall = spread(pairs.ratios("raw", partial(epoch_step, clock="wall")), "{:.3f}")
+    best = f"{pairs.best('raw', each_epoch_step):.3f}"
+    return [OPTIMIZERS.get(pairs.name, LOOP), wall, best, f"{statistics.median(pairs.differences('raw', once)):.0f}", numbers, weights]
+
+
+COSTS = (
+    "trainer", "CPU over raw", "CPU over raw_fused", "us/step more than raw", "us/step more than raw_fused", "of that within the epoch",
+)
+REST = ("trainer", "optimizer", "wall over raw", "best epochs over raw", "ms once a fit more than raw", "numbers differ by", "weights differ by")
+
+
+def report(case, results):
+    "Heading, circumstances and tables of a case"
     bases = [near for pairs in results.values() for near in pairs.bases["raw"]]
     step = statistics.median(epoch_step(fit) for near in bases for fit in near)
     busy = statistics.median(fit.total("wall") / fit.total("cpu") for near in bases for fit in near)
-    lines = [f"The raw loop takes {step:.0f} us a step; its wall time is {busy:.2f} of its CPU time; {rounds} pairs a line."]
+    live = sorted((o for o in results.values() if o.fits), key=lambda o: statistics.median(o.ratios("raw", epoch_step)))
+    lines = [f"{describe(case).capitalize()}.", f"The raw loop takes {step:.0f} us a step; its wall time is {busy:.2f} of its CPU time."]
     if "raw_again" in results:
         again = statistics.median(results["raw_again"].differences("raw", epoch_step))
-        verdict = "**this run is void**" if is_void(again, step) else "the run stands"
-        lines.append(f"The raw loop differs from itself by {again:+.1f} us a step: {verdict}.")
-    rows = [row_of(pairs) for pairs in sorted(results.values(), key=lambda o: o.fits and statistics.median(o.ratios("raw", epoch_step)) or 1e9)]
-    return "\n\n".join([f"## {case.name}: {describe(case)}", " ".join(lines), table(HEADS, rows)])
+        lines.append(f"It differs from itself by {again:+.1f} us a step: " + ("**this run is void**." if is_void(again, step) else "the run stands."))
+    lines.append(f"{max(len(o.fits) for o in live)} pairs a line.")
+    lines += [f"{name} did not run: {o.error[:200]}" for name, o in results.items() if o.error]
+    return "\n\n".join([
+        f"## {case.name}", " ".join(lines), table(COSTS, [[o.name, *costs_of(o)] for o in live]),
+        f"### {case.name}: circumstances", table(REST, [[o.name, *rest_of(o)] for o in live]),
+    ])
 
 
-def measure(case, contestants, rounds):
+PANEL = ("trainer", "CPU over ours", "wall over ours", "us/step more than ours")
+
+
+def panel_report(case, seconds, rounds):
+    "The open panel against ours without one, in fits of some seconds, since it paints by the clock and not by the step"
+    probe = fit(loops.ours, case)
+    epochs = max(math.ceil(seconds / statistics.median(probe.epochs("cpu"))), case.epochs)
+    long = replace(case, epochs=epochs)
+    results = take_turns({"ours_again": loops.ours, "ours_panel": loops.ours_panel}, {"ours": loops.ours}, partial(fit, case=long), rounds)
+    rows = [
+        [o.name, spread(o.ratios("ours", mean_step), "{:.3f}"), spread(o.ratios("ours", partial(mean_step, clock="wall")), "{:.3f}"),
+         spread(o.differences("ours", mean_step), "{:.0f}")]
+        for o in results.values()
+    ]
+    words = f"{epochs} epochs, {len(results['ours_panel'].fits)} pairs; the mean over all epochs but the first."
+    return "\n\n".join([f"### {case.name}: the panel open", words, table(PANEL, rows)])
+
+
+def measure(case, contestants, rounds, panel):
     "All contestants on one case; returns its part of the file"
     tell(describe(case))
-    results = take_turns(contestants, BASES, lambda contestant: fit(contestant, case), rounds)
-    return report(case, results, rounds)
+    parts = [report(case, take_turns(contestants, BASES, partial(fit, case=case), rounds))]
+    if panel:
+        tell("with the panel open")
+        parts.append(panel_report(case, panel, rounds))
+    return "\n\n".join(parts)
 
 
-def main():
+def arguments_of(words):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--only", nargs="+", default=["raw_again", "raw_fused", "raw_usual", "ours", "ours_loop"])
+    parser.add_argument("--only", nargs="+", choices=OURS, default=list(OURS))
+    parser.add_argument("--peers", nargs="*", choices=peers.PACKAGES, help="other libraries; without names, all")
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--clip", type=float, help="clip the gradients of everybody to this norm; default not at all")
+    parser.add_argument("--clip", type=float, help="clip everybody's gradients to this norm; default not at all, as is ours")
+    parser.add_argument("--panel", type=float, default=0, metavar="SECONDS", help="also measure the open panel, in fits of so many seconds")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.md")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    arguments.peers = list(peers.PACKAGES) if arguments.peers == [] else arguments.peers or []
+    return arguments
+
+
+def main(words=None):
+    arguments = arguments_of(words)
+    if arguments.peers and not environment.is_here():
+        return environment.run_again("benchmarks.overhead", sys.argv[1:] if words is None else words)
     one_thread()
-    known = OURS | {"raw_fused": loops.raw_fused}
-    contestants = {name: known[name] for name in arguments.only}
+    contestants = {name: OURS[name] for name in arguments.only} | {name: peers.late(name) for name in arguments.peers}
     cases = [replace(CASES[name], clip=arguments.clip) for name in arguments.cases]
-    parts = [measure(case, contestants, arguments.pairs) for case in cases]
-    print(write(arguments.out, "Trainers beside the raw loop", environment(), *parts))
+    parts = [measure(case, contestants, arguments.pairs, arguments.panel) for case in cases]
+    print(write(arguments.out, "Trainers beside the raw loop", circumstances(peers.PACKAGES[name] for name in arguments.peers), *parts))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

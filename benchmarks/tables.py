@@ -36,7 +36,7 @@ def versions(packages=()):
     return ", ".join(f"{name} {version}" for name, version in known.items())
 
 
-def environment(packages=()):
+def circumstances(packages=()):
     "One line that says where the numbers come from"
     return f"{date.today()}, {processor()}, {os.cpu_count()} cores, one thread; {versions(packages)}; load at the end {load()}."
 
