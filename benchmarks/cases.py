@@ -34,6 +34,7 @@ class Case:
     val: int
     epochs: int
     clip: float | None = None  # Largest norm of the gradient
+    loaders: object = None  # Makes the loaders for training and validation, where noise will not do
 
     @property
     def steps(self):
@@ -154,8 +155,12 @@ class Work:
 
     def __post_init__(self):
         torch.manual_seed(0)
-        case, batches = self.case, make_batches(self.case, min(16, self.case.train))
+        case = self.case
         self.model, self.criterion, self.epochs, self.clip = case.model(), nn.BCEWithLogitsLoss(), case.epochs, case.clip
+        if case.loaders is not None:
+            self.train, self.val = case.loaders()
+            return
+        batches = make_batches(case, min(16, case.train))
         self.train_data, self.val_data = Batches(batches, case.train, self.clock), Batches(batches[::-1], case.val)
         self.train, self.val = loader_of(self.train_data), loader_of(self.val_data)
 
