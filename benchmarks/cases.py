@@ -236,8 +236,6 @@ def fit(contestant, case, **changes):
 def one_thread():
     "PyTorch on one thread, as the tables are made"
     torch.set_num_threads(1)
-    if torch.get_num_interop_threads() != 1:
-        torch.set_num_interop_threads(1)
 
 
 def resident_mb():

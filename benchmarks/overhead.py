@@ -179,8 +179,11 @@ def main(words=None):
     one_thread()
     contestants = {name: OURS[name] for name in arguments.only} | {name: peers.late(name) for name in arguments.peers}
     cases = [replace(CASES[name], clip=arguments.clip) for name in arguments.cases]
-    parts = [measure(case, contestants, arguments.pairs, arguments.panel) for case in cases]
-    print(write(arguments.out, "Trainers beside the raw loop", circumstances(peers.PACKAGES[name] for name in arguments.peers), *parts))
+    parts = []
+    for case in cases:  # Written after each, so that a run that is broken off has not been for nothing
+        parts.append(measure(case, contestants, arguments.pairs, arguments.panel))
+        text = write(arguments.out, "Trainers beside the raw loop", circumstances(peers.PACKAGES[name] for name in arguments.peers), *parts)
+    print(text)
     return 0
 
 
