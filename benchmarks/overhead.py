@@ -17,7 +17,7 @@ from pathlib import Path
 from . import environment, loops, peers
 from .cases import CASES, NAMES, describe, fit, one_thread, tell
 from .pairs import is_void, spread, take_turns
-from .tables import RESULTS, circumstances, table, write
+from .tables import RESULTS, circumstances, sentence, table, write
 
 BASES = {"raw": loops.raw, "raw_fused": loops.raw_fused}
 OURS = {
@@ -118,7 +118,7 @@ def report(case, results):
     step = statistics.median(epoch_step(fit) for near in bases for fit in near)
     busy = statistics.median(fit.total("wall") / fit.total("cpu") for near in bases for fit in near)
     live = sorted((o for o in results.values() if o.fits), key=lambda o: statistics.median(o.ratios("raw", epoch_step)))
-    lines = [f"{describe(case).capitalize()}.", f"The raw loop takes {step:.0f} us a step; its wall time is {busy:.2f} of its CPU time."]
+    lines = [sentence(describe(case)), f"The raw loop takes {step:.0f} us a step; its wall time is {busy:.2f} of its CPU time."]
     if "raw_again" in results:
         again = statistics.median(results["raw_again"].differences("raw", epoch_step))
         lines.append(f"It differs from itself by {again:+.1f} us a step: " + ("**this run is void**." if is_void(again, step) else "the run stands."))

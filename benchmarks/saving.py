@@ -20,7 +20,7 @@ from unet_nbtrain.unet_model import UNet
 
 from .cases import Batches, Case, loader_of, make_batches, one_thread, tell, unseen
 from .pairs import spread
-from .tables import RESULTS, circumstances, table, write
+from .tables import RESULTS, circumstances, sentence, table, write
 
 CASE = Case("saving", "the U-Net with transposed convolutions and 31 million parameters, batch 1, 64x64",
             lambda: UNet(3, 1, bilinear=False), batch=1, pixels=64, train=12, val=1, epochs=6)
@@ -97,6 +97,7 @@ def main(words=None):
         watch, wall, trainer = run(UNetTrainer, arguments.epochs, folder / "saved")
         tell("torch.save")
         state = trainer.state_dict()
+        state.pop("training_model_state_dict", None)  # The model carries its best weights now, as it did not during the run
         saves = [durable_save(state, folder / "plain.pth") for _ in range(arguments.epochs)]
         size = (folder / "plain.pth").stat().st_size / 1e6
     print(write(arguments.out, "What saving costs", circumstances(), report(arguments.epochs, size, plain, plain_wall, watch, wall, saves)))
@@ -119,7 +120,7 @@ def report(epochs, size, plain, plain_wall, watch, wall, saves):
         + (f", {ms(beside)} ms while a file is being written" if beside else "") + (f", {ms(alone)} ms while none is" if alone else "") + ".",
         f"The whole run took {wall / plain_wall:.3f} of the wall time of the one without saving, its last file included.",
     ]
-    words = f"{CASE.words.capitalize()}; {CASE.train} training steps and {CASE.val} validation step an epoch, {epochs} epochs; a file has {size:.0f} MB."
+    words = sentence(f"{CASE.words}; {CASE.train} training steps and {CASE.val} validation step an epoch, {epochs} epochs; a file has {size:.0f} MB")
     heads = ("what", "the training thread waits, ms", "CPU of the training thread, ms", "wait over torch.save")
     return "\n\n".join([words, "## saving", table(heads, rows), " ".join(lines)])
 

@@ -41,6 +41,11 @@ def circumstances(packages=()):
     return f"{date.today()}, {processor()}, {os.cpu_count()} cores, one thread; {versions(packages)}; load at the end {load()}."
 
 
+def sentence(text):
+    "With a capital letter and a full stop"
+    return text[:1].upper() + text[1:] + "."
+
+
 def table(heads, rows):
     "A Markdown table"
     line = "| " + " | ".join(heads) + " |"

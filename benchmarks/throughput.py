@@ -19,7 +19,7 @@ from . import loops
 from .cases import Case, fit, one_thread, tell
 from .overhead import mean_step
 from .pairs import spread, take_turns
-from .tables import RESULTS, circumstances, table, write
+from .tables import RESULTS, circumstances, sentence, table, write
 
 CASE = Case(
     "demo", "a U-Net of 16 channels, depth 3, on 64 + 16 demo images of 128x128, batch 8, light augmentation, no workers",
@@ -51,7 +51,7 @@ def main(words=None):
     tell(case.words)
     results = take_turns(CONTESTANTS, {"raw": loops.raw}, partial(fit, case=case), arguments.pairs)
     loss = {name: statistics.fmean(fit.rows[-1]["val"]["loss"] for fit in o.fits) for name, o in results.items()}
-    words = f"{case.words.capitalize()}; {case.epochs} epochs, {arguments.pairs} pairs a line; all epochs but the first count."
+    words = sentence(f"{case.words}; {case.epochs} epochs, {arguments.pairs} pairs a line; all epochs but the first count")
     same = "Validation loss after the last epoch: " + ", ".join(f"{name} {value:.5f}" for name, value in loss.items()) + "."
     print(write(arguments.out, "Images a second", circumstances(), words, "## demo", table(HEADS, map(row_of, results.values())), same))
     return 0
