@@ -24,11 +24,9 @@ OURS = {
     "raw_again": loops.raw, "raw_fused": loops.raw_fused, "raw_usual": loops.raw_usual,
     "ours": loops.ours, "ours_bar": loops.ours_bar, "ours_loop": loops.ours_loop,
 }
-LOOP = "PyTorch's AdamW, a loop over tensors"
-OPTIMIZERS = {  # What took part, and in brackets what one gets who does not choose
-    "raw_fused": "AdamW, fused", "ours": "AdamW, fused (the default)", "ours_bar": "AdamW, fused (the default)",
-    "keras": "Keras' AdamW (default RMSprop)", "fastai": f"{LOOP} (default: its own Adam)", "skorch": f"{LOOP} (default SGD)",
-    "hf_trainer": f"{LOOP} (default AdamW, fused)",
+FUSED = {"raw_fused", "ours", "ours_bar"}  # Who had the fused AdamW; the others had the loop, which is PyTorch's default on a CPU
+DEFAULTS = {  # What one gets who does not choose an optimizer; the others want to be given one
+    "ours": "this", "ours_bar": "this", "keras": "RMSprop", "fastai": "its own Adam", "skorch": "SGD", "hf_trainer": "AdamW, fused",
 }
 BY_DESIGN = {"raw_usual": "means over batches, not the epoch's", "keras": "its epsilon stands in another place"}
 AGREE = 1e-5  # Numbers and weights of equal work may differ by so much
@@ -73,9 +71,9 @@ def apart(fit, other):
 
 
 def unequal(pairs):
-    "The same for all fits of a contestant against the raw loops beside it, with the same optimizer if there is one"
-    base = "raw_fused" if "AdamW, fused" in OPTIMIZERS.get(pairs.name, LOOP).split(" (")[0] else "raw"
-    found = [apart(fit, near[0]) for fit, near in zip(pairs.fits, pairs.bases[base])]
+    "The same for all fits of a contestant against the raw loop beside it that has the same optimizer"
+    base = pairs.bases["raw_fused" if pairs.name in FUSED else "raw"]
+    found = [apart(fit, near[0]) for fit, near in zip(pairs.fits, base)]
     return tuple(max(column) for column in zip(*found))
 
 
@@ -86,6 +84,12 @@ def verdict(name, difference):
 
 
 # The tables
+
+
+def optimizer_of(name):
+    "What a contestant had, and in brackets what it has by default, where it has one"
+    had = "AdamW of Keras" if name == "keras" else "AdamW, fused" if name in FUSED else "AdamW, loop"
+    return f"{had} (default: {DEFAULTS[name]})" if name in DEFAULTS else had
 
 
 def costs_of(pairs):
@@ -103,7 +107,7 @@ def rest_of(pairs):
     numbers, weights = (verdict(pairs.name, o) for o in unequal(pairs))
     wall = spread(pairs.ratios("raw", partial(epoch_step, clock="wall")), "{:.3f}")
     best = f"{pairs.best('raw', each_epoch_step):.3f}"
-    return [OPTIMIZERS.get(pairs.name, LOOP), wall, best, f"{statistics.median(pairs.differences('raw', once)):.0f}", numbers, weights]
+    return [optimizer_of(pairs.name), wall, best, f"{statistics.median(pairs.differences('raw', once)):.0f}", numbers, weights]
 
 
 COSTS = (
@@ -114,15 +118,17 @@ REST = ("trainer", "optimizer", "wall over raw", "best epochs over raw", "ms onc
 
 def report(case, results):
     "Heading, circumstances and tables of a case"
-    bases = [near for pairs in results.values() for near in pairs.bases["raw"]]
+    live = sorted((o for o in results.values() if o.fits), key=lambda o: statistics.median(o.ratios("raw", epoch_step)))
+    if not live:
+        raise SystemExit("Nobody came to the end: " + "; ".join(f"{name}: {o.error}" for name, o in results.items()))
+    bases = [near for o in live for near in o.bases["raw"]]
     step = statistics.median(epoch_step(fit) for near in bases for fit in near)
     busy = statistics.median(fit.total("wall") / fit.total("cpu") for near in bases for fit in near)
-    live = sorted((o for o in results.values() if o.fits), key=lambda o: statistics.median(o.ratios("raw", epoch_step)))
     lines = [sentence(describe(case)), f"The raw loop takes {step:.0f} us a step; its wall time is {busy:.2f} of its CPU time."]
-    if "raw_again" in results:
+    if results.get("raw_again") in live:
         again = statistics.median(results["raw_again"].differences("raw", epoch_step))
         lines.append(f"It differs from itself by {again:+.1f} us a step: " + ("**this run is void**." if is_void(again, step) else "the run stands."))
-    lines.append(f"{max(len(o.fits) for o in live)} pairs a line.")
+    lines.append(f"{min(len(o.fits) for o in live)} pairs a line.")
     lines += [f"{name} did not run: {o.error[:200]}" for name, o in results.items() if o.error]
     return "\n\n".join([
         f"## {case.name}", " ".join(lines), table(COSTS, [[o.name, *costs_of(o)] for o in live]),

@@ -1,5 +1,6 @@
 """The measurements measure equal work, notice unequal work, and write tables that can be read back. No time is asserted here."""
 
+import ast
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import loops, overhead, pairs, tables  # noqa: E402
+from benchmarks import environment, loops, overhead, pairs, peers, tables  # noqa: E402
 from benchmarks.cases import CASES, Counts, fit  # noqa: E402
 from unet_nbtrain.metrics import SegmentationMetrics  # noqa: E402
 
@@ -39,7 +40,8 @@ def test_all_contestants_do_the_same_work(clip):
 
 def test_a_whole_table(tmp_path, monkeypatch):
     monkeypatch.setitem(overhead.CASES, "conv1", SHORT)
-    monkeypatch.setattr(loops, "ours_panel", loops.ours)  # The panel itself is above
+    for name in ("ours", "ours_panel"):  # Of the part about the panel only the table; a panel is opened above
+        monkeypatch.setattr(loops, name, loops.raw)
     only = ["raw_again", "raw_fused", "raw_usual", "ours"]
     out = tmp_path / "overhead.md"
     assert overhead.main(["--cases", "conv1", "--pairs", "1", "--only", *only, "--panel", "0.01", "--out", str(out)]) == 0
@@ -133,3 +135,32 @@ def test_a_table_comes_back(tmp_path):
 def test_the_results_of_the_repository_can_be_read(path):
     found = tables.read_tables(path)
     assert found and all(rows and len({tuple(row) for row in rows}) == 1 for rows in found.values())
+
+
+def test_each_peer_has_its_version_and_its_adapter():
+    pinned = {line.partition("==")[0] for line in (ROOT / "benchmarks" / "peers.txt").read_text().splitlines() if "==" in line}
+    assert set(peers.PACKAGES.values()) <= pinned
+    files = {path.stem for path in (ROOT / "benchmarks" / "peers").glob("*.py")} - {"__init__"}
+    assert files == set(peers.PACKAGES)
+    for name in files:
+        tree = ast.parse((ROOT / "benchmarks" / "peers" / f"{name}.py").read_text())
+        assert [[a.arg for a in o.args.args] for o in tree.body if isinstance(o, ast.FunctionDef) and o.name == "fit"] == [["work"]]
+
+
+def test_a_peer_that_is_not_installed_is_a_line_and_no_end(tmp_path, monkeypatch):
+    """In CI none of them is installed; elsewhere one is hidden"""
+    monkeypatch.setitem(sys.modules, "skorch", None)
+    results = pairs.take_turns({"skorch": peers.late("skorch")}, {"raw": lambda work: None}, lambda contestant: contestant(None), rounds=1)
+    assert "skorch" in results["skorch"].error
+    with pytest.raises(SystemExit, match="Nobody came to the end: skorch: "):
+        overhead.report(SHORT, results)
+
+
+def test_the_environment_of_the_peers_is_apart_and_named_after_its_pins(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = environment.place()
+    assert before.parent == tmp_path / "unet_nbtrain" and not environment.is_here() and environment.place() == before
+    pins = tmp_path / "peers.txt"
+    pins.write_text("lightning==1")
+    monkeypatch.setattr(environment, "WANTED", (pins, environment.WANTED[1]))
+    assert environment.place() != before

@@ -17,6 +17,8 @@ PACKAGES = {
     "keras": "keras", "skorch": "skorch", "poutyne": "poutyne", "hf_trainer": "transformers",
 }
 
+_kept = []  # Operators live as long as the library object that declares them
+
 
 @cache
 def load(name):
@@ -49,6 +51,3 @@ def _mend_torchvision():
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept.append(library)
-
-
-_kept = []  # The operators are gone when the library object is
