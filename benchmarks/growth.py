@@ -24,7 +24,7 @@ from .cases import CASES, Batches, Instant, loader_of, make_batches, one_thread,
 from .pairs import spread
 from .tables import RESULTS, circumstances, table, write
 
-SHAPES = {"long epochs": (1000, 10), "many short epochs": (50, 2)}  # Training and validation steps
+SHAPES = {"long epochs": (1000, 10), "many short epochs": (200, 2)}  # Training and validation steps
 POINTS = 20  # Lines of the table
 HEADS = ("epochs", "steps of each", "steps in all", "a step at the end over one at the beginning", "an epoch likewise", "resident memory, MB")
 COURSE = ("step", "epoch", "us/step within the epoch", "us/step of the whole epoch", "us/step of the yardstick", "resident MB")
@@ -141,8 +141,9 @@ def main(words=None):
         points = run(case)
         rows.append(summary(name, case, points))
         parts += [f"## {name}", table(COURSE, course(points))]
-    words = "One 1x1 convolution, batch 2, 8x8; panel open, bar, TensorBoard, history and checkpoints after each epoch."
-    print(write(arguments.out, "Does it grow?", circumstances(), words, "## growth", table(HEADS, rows), *parts))
+        words = "One 1x1 convolution, batch 2, 8x8; panel open, bar, TensorBoard, history and checkpoints after each epoch."
+        text = write(arguments.out, "Does it grow?", circumstances(), words, "## growth", table(HEADS, rows), *parts)
+    print(text)
     return 0
 
 
