@@ -1,6 +1,7 @@
 # make demo   install, then run the quick start in a kernel and print what it reached
 # make test   install, then run every test
 # make lab    install, then open the quick start in JupyterLab
+# make bench  install, then measure speed and memory against the raw loop and other libraries (half an hour)
 #
 # For development: make notebooks [NB=nbs/00_core.ipynb], make readme, make install, make clean
 # Another Python: make demo PYTHON=python3.12        Other tests: make test ARGS="-k sync"
@@ -14,7 +15,7 @@ INSTALLED := .venv/installed
 # Idle threads of PyTorch sleep instead of spinning. With a browser or another training on the same cores that is twice as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lab install notebooks readme clean
+.PHONY: demo test lab bench install notebooks readme clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python scripts/demo.py
@@ -25,6 +26,9 @@ test: $(INSTALLED)
 lab: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PLATFORM_DIRS=1 \
 	    $(BIN)/jupyter-lab $$(test "$$(id -u)" = 0 && echo --allow-root) nbs/20_quick_start.ipynb $(ARGS)
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 install: $(INSTALLED)
 

@@ -1,119 +1,197 @@
-"""What the trainer costs beside the raw PyTorch loop: same weights, same batches, same final weights, in alternating pairs.
+"""What a trainer costs beside the raw PyTorch loop: same weights, same batches, same numbers and the same final weights, in turns.
 
-    python -m benchmarks.overhead [--pairs 9] [--out benchmarks/results/overhead.md]
+    python -m benchmarks.overhead [--cases conv1 tiny small] [--pairs 8] [--only raw_again ours …] [--peers | --peers lightning …]
+                                  [--clip 1.0] [--panel 4] [--out benchmarks/results/overhead.md]
 
-Processor time decides, since machines are shared: the ratio of each pair, then median and quartiles over the pairs.
-The raw loop is the lean one: fused optimizer, the sums for Dice gathered on the device, no number read in a step.
+benchmarks/README.md says how to read the tables. With `--peers` it runs in an environment of its own, made at first use.
 """
 
 import argparse
-import platform
+import math
 import statistics
-import tempfile
-import time
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
+from . import environment, loops, peers
+from .cases import CASES, NAMES, describe, fit, one_thread, tell
+from .pairs import is_void, spread, take_turns
+from .tables import RESULTS, circumstances, sentence, table, write
 
-from unet_nbtrain.metrics import SegmentationMetrics
-from unet_nbtrain.trainer import UNetTrainer
-from unet_nbtrain.unet_model import UNet
-
-CASES = {
-    "1x1 convolution, batch 2, 8x8": (lambda: nn.Conv2d(3, 1, 1), 2, 8, 200),
-    "U-Net of 4 channels, depth 2, batch 2, 16x16": (lambda: UNet(3, 1, width=4, depth=2), 2, 16, 60),
-    "U-Net of 8 channels, depth 4, batch 8, 64x64": (lambda: UNet(3, 1, width=8, depth=4), 8, 64, 8),
+BASES = {"raw": loops.raw, "raw_fused": loops.raw_fused}
+OURS = {
+    "raw_again": loops.raw, "raw_fused": loops.raw_fused, "raw_usual": loops.raw_usual,
+    "ours": loops.ours, "ours_bar": loops.ours_bar, "ours_loop": loops.ours_loop,
 }
+FUSED = {"raw_fused", "ours", "ours_bar"}  # Who had the fused AdamW; the others had the loop, which is PyTorch's default on a CPU
+DEFAULTS = {  # What one gets who does not choose an optimizer; the others want to be given one
+    "ours": "this", "ours_bar": "this", "keras": "RMSprop", "fastai": "its own Adam", "skorch": "SGD", "hf_trainer": "AdamW, fused",
+}
+BY_DESIGN = {"raw_usual": "means over batches, not the epoch's", "keras": "its epsilon stands in another place"}
+AGREE = 1e-5  # Numbers and weights of equal work may differ by so much
 
 
-def batches(size, pixels, count):
-    """Random images and masks, collated beforehand: the loader costs the same in both loops, and little."""
-    draw = torch.Generator().manual_seed(0)
-    images = [torch.rand(size, 3, pixels, pixels, generator=draw) for _ in range(count)]
-    return [(x, (x[:, :1] > 0.5).float()) for x in images]
+# What a fit costs
 
 
-def new_model(make):
-    torch.manual_seed(0)
-    model = make()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+def epoch_step(fit, clock="cpu"):
+    "Microseconds a step in the median steady epoch, with all that is done once an epoch"
+    return statistics.median(fit.epochs(clock)) / fit.case.steps * 1e6
 
 
-def raw_loop(make, train, val, epochs):
-    """As a careful person writes it by hand"""
-    model, optimizer = new_model(make)
-    criterion = nn.BCEWithLogitsLoss()
-    for _ in range(epochs):
-        for loader, training in ((train, True), (val, False)):
-            model.train(training)
-            metrics, total = SegmentationMetrics(1), torch.zeros((), dtype=torch.float64)
-            with torch.set_grad_enabled(training):
-                for images, masks in loader:
-                    logits = model(images)
-                    loss = criterion(logits, masks)
-                    if training:
-                        loss.backward()
-                        optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
-                    total += loss.detach() * len(images)
-                    metrics.update(logits.detach(), masks)
-            metrics.compute(), total.item()
-    return model
+def each_epoch_step(fit):
+    "The same for each steady epoch"
+    return [seconds / fit.case.steps * 1e6 for seconds in fit.epochs("cpu")]
 
 
-def our_trainer(make, train, val, epochs):
-    """By default options, with history and control; checkpoints are written, the bar and the log files are off"""
-    model, optimizer = new_model(make)
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"criterion": nn.BCEWithLogitsLoss(), "optimizer": optimizer, "device": "cpu", "run_dir": folder, "observers": []}
-        trainer = UNetTrainer(model, train, val, **options)
-        trainer.train(epochs)
-        trainer._recall_last()
-    return model
+def mean_step(fit, clock="cpu"):
+    "Microseconds a step over all steady epochs, with what happens now and then"
+    return statistics.fmean(fit.epochs(clock)) / fit.case.steps * 1e6
 
 
-def seconds(loop, *args):
-    began = time.process_time()
-    model = loop(*args)
-    return time.process_time() - began, torch.cat([p.detach().flatten() for p in model.parameters()])
+def loop_step(fit):
+    "Microseconds a training step within an epoch, without anything that is done once an epoch"
+    return statistics.median(fit.loops("cpu")) / (fit.case.train - 3) * 1e6
 
 
-def measure(name, pairs):
-    """A line of the table"""
-    make, size, pixels, count = CASES[name]
-    train, val, epochs = batches(size, pixels, count), batches(size, pixels, max(count // 10, 1)), 4
-    steps, ratios, extra, difference = epochs * count, [], [], 0.0
-    for pair in range(pairs + 1):
-        order = (raw_loop, our_trainer) if pair % 2 else (our_trainer, raw_loop)
-        result = {loop: seconds(loop, make, train, val, epochs) for loop in order}
-        (raw, raw_weights), (ours, our_weights) = result[raw_loop], result[our_trainer]
-        difference = max(difference, (raw_weights - our_weights).abs().max().item())
-        if pair:  # The first pair warms up
-            ratios.append(ours / raw)
-            extra.append((ours - raw) / steps * 1e6)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {statistics.median(extra):.0f} | {difference:.0e} |"
+def once(fit):
+    "Milliseconds of the fit that are in no steady epoch: making the trainer, the first epoch's surplus, the end"
+    return (fit.total("cpu") - statistics.median(fit.epochs("cpu")) * fit.case.epochs) * 1e3
 
 
-def main():
+# Equal work
+
+
+def apart(fit, other):
+    "Largest difference in loss, Dice, IoU or accuracy of any epoch, and largest difference of a final weight"
+    pairs = [(a[phase], b[phase]) for a, b in zip(fit.rows, other.rows, strict=True) for phase in ("train", "val")]
+    numbers = max(abs(float(a[name]) - float(b[name])) for a, b in pairs for name in NAMES)
+    return numbers, (fit.weights - other.weights).abs().max().item()
+
+
+def unequal(pairs):
+    "The same for all fits of a contestant against the raw loop beside it that has the same optimizer"
+    base = pairs.bases["raw_fused" if pairs.name in FUSED else "raw"]
+    found = [apart(fit, near[0]) for fit, near in zip(pairs.fits, base)]
+    return tuple(max(column) for column in zip(*found))
+
+
+def verdict(name, difference):
+    "A difference in a table, with a word where it is too large"
+    text = f"{difference:.0e}"
+    return text if difference <= AGREE else f"{text}: {BY_DESIGN.get(name, '**not the same work**')}"
+
+
+# The tables
+
+
+def optimizer_of(name):
+    "What a contestant had, and in brackets what it has by default, where it has one"
+    had = "AdamW of Keras" if name == "keras" else "AdamW, fused" if name in FUSED else "AdamW, loop"
+    return f"{had} (default: {DEFAULTS[name]})" if name in DEFAULTS else had
+
+
+def costs_of(pairs):
+    "A line of the first table"
+    step, loop = epoch_step, loop_step
+    return [
+        spread(pairs.ratios("raw", step), "{:.3f}"), spread(pairs.ratios("raw_fused", step), "{:.3f}"),
+        spread(pairs.differences("raw", step), "{:.0f}"), spread(pairs.differences("raw_fused", step), "{:.0f}"),
+        spread(pairs.differences("raw_fused", loop), "{:.0f}"),
+    ]
+
+
+def rest_of(pairs):
+    "A line of the second table"
+    numbers, weights = (verdict(pairs.name, o) for o in unequal(pairs))
+    wall = spread(pairs.ratios("raw", partial(epoch_step, clock="wall")), "{:.3f}")
+    best = f"{pairs.best('raw', each_epoch_step):.3f}"
+    return [optimizer_of(pairs.name), wall, best, f"{statistics.median(pairs.differences('raw', once)):.0f}", numbers, weights]
+
+
+COSTS = (
+    "trainer", "CPU over raw", "CPU over raw_fused", "us/step more than raw", "us/step more than raw_fused", "of that within the epoch",
+)
+REST = ("trainer", "optimizer", "wall over raw", "best epochs over raw", "ms once a fit more than raw", "numbers differ by", "weights differ by")
+
+
+def report(case, results):
+    "Heading, circumstances and tables of a case"
+    live = sorted((o for o in results.values() if o.fits), key=lambda o: statistics.median(o.ratios("raw", epoch_step)))
+    if not live:
+        raise SystemExit("Nobody came to the end: " + "; ".join(f"{name}: {o.error}" for name, o in results.items()))
+    bases = [near for o in live for near in o.bases["raw"]]
+    step = statistics.median(epoch_step(fit) for near in bases for fit in near)
+    busy = statistics.median(fit.total("wall") / fit.total("cpu") for near in bases for fit in near)
+    lines = [sentence(describe(case)), f"The raw loop takes {step:.0f} us a step; its wall time is {busy:.2f} of its CPU time."]
+    if results.get("raw_again") in live:
+        again = statistics.median(results["raw_again"].differences("raw", epoch_step))
+        lines.append(f"It differs from itself by {again:+.1f} us a step: " + ("**this run is void**." if is_void(again, step) else "the run stands."))
+    lines.append(f"{min(len(o.fits) for o in live)} pairs a line.")
+    lines += [f"{name} did not run: {o.error[:200]}" for name, o in results.items() if o.error]
+    return "\n\n".join([
+        f"## {case.name}", " ".join(lines), table(COSTS, [[o.name, *costs_of(o)] for o in live]),
+        f"### {case.name}: circumstances", table(REST, [[o.name, *rest_of(o)] for o in live]),
+    ])
+
+
+PANEL = ("trainer", "CPU over ours", "wall over ours", "us/step more than ours")
+
+
+def panel_report(case, seconds, rounds):
+    "The open panel against ours without one, in fits of some seconds, since it paints by the clock and not by the step"
+    probe = fit(loops.ours, case)
+    epochs = max(math.ceil(seconds / statistics.median(probe.epochs("cpu"))), case.epochs)
+    long = replace(case, epochs=epochs)
+    results = take_turns({"ours_again": loops.ours, "ours_panel": loops.ours_panel}, {"ours": loops.ours}, partial(fit, case=long), rounds)
+    rows = [
+        [o.name, spread(o.ratios("ours", mean_step), "{:.3f}"), spread(o.ratios("ours", partial(mean_step, clock="wall")), "{:.3f}"),
+         spread(o.differences("ours", mean_step), "{:.0f}")]
+        for o in results.values()
+    ]
+    words = f"{epochs} epochs, {len(results['ours_panel'].fits)} pairs; the mean over all epochs but the first."
+    return "\n\n".join([f"### {case.name}: the panel open", words, table(PANEL, rows)])
+
+
+def measure(case, contestants, rounds, panel):
+    "All contestants on one case; returns its part of the file"
+    tell(describe(case))
+    parts = [report(case, take_turns(contestants, BASES, partial(fit, case=case), rounds))]
+    if panel:
+        tell("with the panel open")
+        parts.append(panel_report(case, panel, rounds))
+    return "\n\n".join(parts)
+
+
+def arguments_of(words):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overhead.md"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    lines = [measure(name, arguments.pairs) for name in CASES]
-    text = (
-        "# The trainer beside the raw loop\n\n"
-        f"Processor time, {arguments.pairs} alternating pairs, one thread, torch {torch.__version__}, {platform.machine()}. "
-        "The whole fit counts, with its checkpoint each epoch.\n\n"
-        "| case | ours / raw: median [quartiles] | more per step, microseconds | largest difference of weights |\n|---|---|---|---|\n"
-        + "\n".join(lines) + "\n"
-    )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="+", choices=OURS, default=list(OURS))
+    parser.add_argument("--peers", nargs="*", choices=peers.PACKAGES, help="other libraries; without names, all")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--clip", type=float, help="clip everybody's gradients to this norm; default not at all, as is ours")
+    parser.add_argument("--panel", type=float, default=0, metavar="SECONDS", help="also measure the open panel, in fits of so many seconds")
+    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.md")
+    arguments = parser.parse_args(words)
+    arguments.peers = list(peers.PACKAGES) if arguments.peers == [] else arguments.peers or []
+    return arguments
+
+
+def main(words=None):
+    arguments = arguments_of(words)
+    if arguments.peers and not environment.is_here():
+        return environment.run_again("benchmarks.overhead", sys.argv[1:] if words is None else words)
+    one_thread()
+    contestants = {name: OURS[name] for name in arguments.only} | {name: peers.late(name) for name in arguments.peers}
+    cases = [replace(CASES[name], clip=arguments.clip) for name in arguments.cases]
+    parts = []
+    for case in cases:  # Written after each, so that a run that is broken off has not been for nothing
+        parts.append(measure(case, contestants, arguments.pairs, arguments.panel))
+        text = write(arguments.out, "Trainers beside the raw loop", circumstances(peers.PACKAGES[name] for name in arguments.peers), *parts)
     print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The contestants that need nothing but PyTorch and this package: the loop by hand, lean and as people write it, and ours."""
+
+import sys
+from functools import partial
+
+import torch
+from torch import nn
+
+from unet_nbtrain.loggers import ProgressBar
+from unet_nbtrain.trainer import UNetTrainer
+
+from .cases import NAMES, Counts
+
+
+def raw(work, **adam):
+    "The lean loop: sums stay on the device, nothing is read in a step"
+    model, criterion, optimizer = work.model, work.criterion, work.optimizer(**adam)
+    parameters, counts = list(model.parameters()), Counts()
+    for _ in range(work.epochs):
+        model.train()
+        for images, masks in work.train:
+            optimizer.zero_grad(set_to_none=True)
+            logits = model(images)
+            loss = criterion(logits, masks)
+            loss.backward()
+            if work.clip:
+                nn.utils.clip_grad_norm_(parameters, work.clip)
+            optimizer.step()
+            counts.update(logits, masks, loss)
+        train = counts.compute()
+        model.eval()
+        with torch.no_grad():
+            for images, masks in work.val:
+                logits = model(images)
+                counts.update(logits, masks, criterion(logits, masks))
+        work.mark(train, counts.compute())
+
+
+def _scores(logits, masks):
+    "Dice, IoU and accuracy of one batch, as in a tutorial"
+    predicted = (torch.sigmoid(logits) > 0.5).float()
+    both = (predicted * masks).sum()
+    dice = (2 * both + 1e-6) / (predicted.sum() + masks.sum() + 1e-6)
+    iou = (both + 1e-6) / (predicted.sum() + masks.sum() - both + 1e-6)
+    return dice.item(), iou.item(), (predicted == masks).float().mean().item()
+
+
+def raw_usual(work):
+    "As people write it: `loss.item()` and the scores of each batch as numbers, and a tqdm bar that shows them"
+    from tqdm import tqdm
+
+    model, criterion, optimizer = work.model, work.criterion, work.optimizer()
+    for epoch in range(work.epochs):
+        model.train()
+        train, val = [], []
+        bar = tqdm(work.train, desc=f"epoch {epoch + 1}", file=sys.stderr)
+        for images, masks in bar:
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = criterion(logits, masks)
+            loss.backward()
+            if work.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), work.clip)
+            optimizer.step()
+            train.append((loss.item(), *_scores(logits, masks)))
+            bar.set_postfix(loss=train[-1][0], dice=train[-1][1])
+        model.eval()
+        with torch.no_grad():
+            for images, masks in tqdm(work.val, desc="validation", file=sys.stderr):
+                logits = model(images)
+                val.append((criterion(logits, masks).item(), *_scores(logits, masks)))
+        work.mark(_means(train), _means(val))
+
+
+def _means(rows):
+    return dict(zip(NAMES, (sum(column) / len(rows) for column in zip(*rows))))
+
+
+class Marks:
+    "An observer that notes the end of each epoch, and the weights after the last one, before the best ones come back"
+
+    def __init__(self, work):
+        self.work = work
+
+    def on_epoch_end(self, trainer, row):
+        self.work.mark(row["train"], row["val"])
+        if trainer.current_epoch == self.work.epochs:
+            self.work.keep_weights()
+
+
+def trainer_of(work, **options):
+    "`UNetTrainer` by default options; the loss is given because a bare convolution has no `n_classes`"
+    trainer = UNetTrainer(
+        work.model, work.train, work.val, work.criterion, device="cpu", run_dir=work.folder, gradient_clip_norm=work.clip, **options
+    )
+    trainer.observers.add(Marks(work))
+    return trainer
+
+
+def ours(work, **options):
+    "The trainer in this thread: history, control, bar, TensorBoard, log files, and a checkpoint of everything after each epoch"
+    trainer_of(work, **options).train(work.epochs)
+
+
+def ours_bar(work):
+    "The same with the bar alone: no TensorBoard, no log files; checkpoints as always"
+    ours(work, observers=[ProgressBar()])
+
+
+def ours_loop(work):
+    "The same with PyTorch's default AdamW in place of the fused one"
+    ours(work, optimizer=work.optimizer())
+
+
+def ours_panel(work):
+    "The trainer in the background and the panel open: its pump runs and paints, as in a notebook, but there is no browser to send to"
+    from unet_nbtrain.panel import TrainerPanel
+
+    trainer = trainer_of(work)
+    panel = TrainerPanel(trainer=trainer, num_epochs=work.epochs)
+    panel.show()
+    try:
+        trainer.start(work.epochs)  # Not `panel.start()`, which looks at the masks first and wants single images in the data set
+        panel.wait()
+    finally:
+        panel._pump.close()
+        panel._pump.thread.join()
+
+
+raw_fused = partial(raw, fused=True)
