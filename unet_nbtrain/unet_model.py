@@ -6,9 +6,14 @@
 __all__ = ['DoubleConv', 'Up', 'UNet']
 
 # %% ../nbs/03_unet_model.ipynb #e62e5454
+from collections.abc import Iterable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .recompute import recompute
 
 # %% ../nbs/03_unet_model.ipynb #21bacb51
 class DoubleConv(nn.Sequential):
@@ -117,12 +122,33 @@ def _channel_plan(width: int, depth: int, bilinear: bool) -> tuple[list[int], li
     return down, down[-2::-1]
 
 # %% ../nbs/03_unet_model.ipynb #6138d945
-class UNet(nn.Module):
+class _Levels(nn.Module):
+    "A network of levels, some of which are computed again in the backward pass"
+
+    recomputed: frozenset[int] = frozenset()
+
+    def _at(self, level, block, function, *maps):
+        "One half of a level: from its maps to the next, in the thrifty way or not"
+        return recompute(block, function, *maps) if level in self.recomputed else function(*maps)
+
+    def recompute_levels(
+        self,
+        levels: Iterable[int],  # 0 is full size, `depth` the bottom; none of them: keep everything
+    ) -> None:
+        "Which levels are computed again in the backward pass; raises `ValueError` for one that does not exist."
+        chosen = frozenset(levels)
+        if wrong := sorted(chosen - set(range(len(self.downs) + 1))):
+            raise ValueError(f"This U-Net has no level {wrong[0]}: its levels are 0 (full size) to {len(self.downs)} (the bottom).")
+        self.recomputed = chosen
+
+# %% ../nbs/03_unet_model.ipynb #b52fc78e
+class UNet(_Levels):
     """The classic U-Net (batch norm, same padding): (N, n_channels, H, W) -> logits (N, n_classes, H, W).
 
     Any H, W >= 1: odd sizes are pooled upwards and each step up returns to its skip's exact size. Images are floats
     (float32, or lower under autocast). Raises ValueError for arguments or images that don't fit.
     `config` is the dict of the arguments. Source: Ronneberger, Fischer, Brox: U-Net, MICCAI 2015.
+    `recomputed` holds the levels (0 is full size) that are computed again in the backward pass, to save memory.
     """
 
     def __init__(
@@ -154,13 +180,17 @@ class UNet(nn.Module):
         "Down the stairs keeping every map, up again joining them."
         if not torch.jit.is_tracing():
             _check_images(images, self.n_channels, len(self.downs), training=self.downs[-1][1].training)
-        maps = [self.stem(images)]
-        for down in self.downs:
-            maps.append(down(self.pool(maps[-1])))
+        maps = [self._at(0, self.stem, self.stem, images)]
+        for level, down in enumerate(self.downs, 1):
+            maps.append(self._at(level, down, partial(self._lower, down), maps[-1]))
         x = maps.pop()
         for up in self.ups:
-            x = up(x, maps.pop())
+            x = self._at(len(maps) - 1, up, up, x, maps.pop())
         return self.head(x)
+
+    def _lower(self, down, x):
+        "One step down"
+        return down(self.pool(x))
 
     def get_model_size(self) -> int:  # Number of parameters
         "How many parameters the model has, all of them, trained or frozen."
