@@ -53,7 +53,7 @@ class _Layout(TrainerState):
         return images if self.channels_last == "auto" or images.ndim != 4 else images.contiguous(memory_format=self._format())
 
 # %% ../nbs/15_modes.ipynb #4368a108
-_AUTO_LEVELS, _AUTO_BUDGET = 3, 0.7
+_AUTO_LEVELS, _AUTO_BUDGET = 4, 0.7
 
 
 class _Thrifty(_Layout):
@@ -74,7 +74,8 @@ class _Thrifty(_Layout):
             parts = ", ".join([name for name, part in model.named_children()][:8])
             raise ValueError(f"checkpoint={wanted!r} is about the levels of UNet. Of this {type(model).__name__} name the parts to recompute: checkpoint=['…'], for example of {parts}.")
         depth = len(model.downs)
-        model.recompute_levels({"auto": range(min(_AUTO_LEVELS, depth + 1)), "all": range(depth + 1)}.get(wanted, ()) if isinstance(wanted, str) else wanted)
+        levels = range(min(_AUTO_LEVELS, depth + 1) if wanted == "auto" else depth + 1)
+        model.recompute_levels(levels if isinstance(wanted, str) else wanted, slicing=wanted == "sliced")
 
     def _budget(self):
         "The compiler's share"

@@ -116,7 +116,7 @@ SETTINGS = {
     "compile": Choice(("off", "default", "max")),
     "cuda_graph": Choice((False, True)),
     "channels_last": Choice(("auto", True, False)),
-    "checkpoint": Parts(("none", "auto", "all")),
+    "checkpoint": Parts(("none", "auto", "all", "sliced")),
     "memory_budget": Rule(False, 0, optional=True, below=1),
 }
 
