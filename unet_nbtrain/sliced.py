@@ -94,7 +94,8 @@ def _first_convolution(gather, maps, weight, size):
     for span in _spans(maps, size):
         part = _conv(_gathered(gather, maps, span, weight.dtype), weight)
         if out is None:
-            out = part.new_empty((len(maps[0]), *part.shape[1:])).to(memory_format=torch.channels_last if part.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format)
+            layout = torch.channels_last if part.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+            out = torch.empty((len(maps[0]), *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=layout)
         out[span] = part
     return out
 
