@@ -132,7 +132,7 @@ class _Quick(_Candidates):
     "The quickest way to compute a batch"
 
     def _quick(self, images, masks, threshold):
-        "Loss, logits and sums of a batch by the quickest way there is; `None` where it is to be computed plainly"
+        "Loss, logits and counts of a batch by the quickest way there is; `None` where it is to be computed plainly"
         loader = self.train_loader if self.phase == "train" else self.val_loader
         if full_size(loader, self.parts_per_batch) not in (None, len(images)):
             return None
@@ -190,7 +190,7 @@ class Modes(_Quick):
         self._keep_everything()
 
     def _computed(self, images, masks, meter, own):
-        "Loss, logits and sums of one part by a quick way; `None` where `training_step` has to do it. `own` says whether that is the trainer's own"
+        "Loss, logits and counts of one part by a quick way; `None` where `training_step` has to do it. `own` says whether that is the trainer's own"
         if not own and "step" not in self._failed:
             self._failed |= {"step"}
             self._report("A training_step of your own is called as it is, so compile and cuda_graph have nothing to work on. model.compile() compiles the model in it.", False)

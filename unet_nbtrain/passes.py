@@ -49,13 +49,13 @@ class _Forward(Modes, ResumableState, Gate, Steps):
         "Loss, weight and logits of one part of a batch, added to a meter"
         images = self._laid_out(images)
         quick = None if self._ways is None else self._computed(images, masks, meter, self.training_step == self._own_step)
-        loss, logits, sums = quick or (*self.training_step(images, masks), None)
+        loss, logits, counts = quick or (*self.training_step(images, masks), None)
         weight = batch_weight(masks, self.ignore_index, loss_weights(self.criterion))
         loss = _counted(loss, weight)
-        if sums is None:
+        if counts is None:
             meter.update(loss, weight, logits, masks)
         else:
-            add_counted(meter, loss, weight, sums)
+            add_counted(meter, loss, weight, counts)
         return loss, weight, logits
 
 # %% ../nbs/16_passes.ipynb #1dc2fa34

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from .guard import is_out_of_memory
-from .metrics import SegmentationMetrics
+from .metrics import segmentation_counts
 
 # %% ../nbs/14_ways.ipynb #d279f483
 class Whole(nn.Module):
-    "Model, loss and counts as one function: images and masks in; the loss, the logits without gradient and the sums of the metrics out."
+    "Model, loss and counts as one function: images and masks in; the loss, the logits without gradient and the counts of each image out."
 
     def __init__(
         self,
@@ -35,29 +35,28 @@ class Whole(nn.Module):
         self,
         images: torch.Tensor,  # (N, C, H, W)
         masks: torch.Tensor,  # (N, H, W) or (N, 1, H, W)
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:  # Loss (0-dim), logits, sums as in `SegmentationMetrics.state_dict`
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:  # Loss (0-dim), logits, counts as `segmentation_counts` gives them
         "One batch; raises `TypeError` for a model that gives no tensor."
         with self.autocast():
             logits = self.model(images)
             if not isinstance(logits, torch.Tensor):
                 raise TypeError(f"The model gave a {type(logits).__name__}, not logits.")
             loss = self.criterion(logits, masks)
-        counts = SegmentationMetrics(logits.shape[1], self.threshold, self.ignore_index)
-        counts.update(logits.detach(), masks)
-        return loss, logits.detach(), counts.state_dict()
+        logits = logits.detach()
+        return loss, logits, segmentation_counts(logits, masks, logits.shape[1], self.threshold, self.ignore_index)
 
 
 def add_counted(
     meter: object,  # An `EpochMeter`
     loss: torch.Tensor,  # Mean loss of the batch, 0-dim
     weight: float | torch.Tensor,  # How much the batch counts
-    sums: dict[str, torch.Tensor],  # From `Whole`
+    counts: tuple[torch.Tensor, torch.Tensor],  # From `Whole`
 ) -> None:
     "Add a batch to a meter whose counts are already made. Nothing is read from the device."
-    if meter._metrics is None:
-        meter._metrics = SegmentationMetrics(len(sums["classes"]), meter.threshold, meter.ignore_index)
+    if meter._counting is None:
+        meter._begin(counts[0].shape[1], meter.threshold)
     meter.loss.update(loss, weight)
-    meter._metrics.add(**sums)
+    meter._counting._put(None, *counts, None)
 
 # %% ../nbs/14_ways.ipynb #70004b6d
 class Moment:
@@ -152,8 +151,8 @@ def captured(
     graphed = torch.cuda.make_graphed_callables(_Held(whole, function), (images.clone(), masks.clone()), allow_unused_input=True)
 
     def replay(images, masks):
-        loss, logits, sums = graphed(images, masks)
-        return loss.clone(), logits.clone(), {name: value.clone() for name, value in sums.items()}
+        loss, logits, counts = graphed(images, masks)
+        return loss.clone(), logits.clone(), tuple(count.clone() for count in counts)
 
     return replay
 
