@@ -27,6 +27,7 @@ _HOME = {
     "evaluate": "evaluation",
     "UNetTrainer": "trainer",
     "verify_resume": "verify",
+    "auto_batch": "batch_size",
     "TrainerPanel": "panel",
 }
 __all__ = ["__version__", *_HOME]

@@ -14,8 +14,10 @@ from .core import seed_step
 from .epoch import EpochMeter, batch_weight, loss_weights
 from .gate import Gate
 from .guard import is_out_of_memory
+from .modes import Modes
 from .saving import ResumableState
 from .steps import RolledBack, Steps
+from .ways import add_counted
 
 # %% ../nbs/16_passes.ipynb #9d0aa4ef
 def _counted(loss, weight):
@@ -23,7 +25,7 @@ def _counted(loss, weight):
     return loss.where(weight > 0, 0) if torch.is_tensor(weight) else loss
 
 
-class _Forward(ResumableState, Gate, Steps):
+class _Forward(Modes, ResumableState, Gate, Steps):
     "One batch through the model"
 
     def _autocast(self):
@@ -41,12 +43,19 @@ class _Forward(ResumableState, Gate, Steps):
                 raise TypeError(f"The model gave a {type(logits).__name__}, not logits. Override training_step(images, masks) to return (loss, logits).")
             return self.criterion(logits, masks), logits
 
+    _own_step = training_step
+
     def _forward(self, images, masks, meter):
         "Loss, weight and logits of one part of a batch, added to a meter"
-        loss, logits = self.training_step(images, masks)
+        images = self._laid_out(images)
+        quick = None if self._ways is None else self._computed(images, masks, meter, self.training_step == self._own_step)
+        loss, logits, counts = quick or (*self.training_step(images, masks), None)
         weight = batch_weight(masks, self.ignore_index, loss_weights(self.criterion))
         loss = _counted(loss, weight)
-        meter.update(loss, weight, logits, masks)
+        if counts is None:
+            meter.update(loss, weight, logits, masks)
+        else:
+            add_counted(meter, loss, weight, counts)
         return loss, weight, logits
 
 # %% ../nbs/16_passes.ipynb #1dc2fa34

@@ -6,9 +6,15 @@
 __all__ = ['DoubleConv', 'Up', 'UNet']
 
 # %% ../nbs/03_unet_model.ipynb #e62e5454
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .recompute import recompute
+from .sliced import can_be_sliced, sliced
 
 # %% ../nbs/03_unet_model.ipynb #21bacb51
 class DoubleConv(nn.Sequential):
@@ -58,12 +64,25 @@ class Up(nn.Module):
         skip: Tensor,  # The map of the same height on the way down, (N, skip, H, W)
     ) -> Tensor:  # (N, out, H, W)
         "Enlarge, join, convolve."
+        return self.conv(self.join(x, skip))
+
+    @property
+    def smooth_join(self) -> Callable | None:
+        "`join`, if it has no weights of its own."
+        return self.join if self.transposed is None else None
+
+    def join(
+        self,
+        x: Tensor,  # The map from below, (N, below, h, w)
+        skip: Tensor,  # The map of the same height on the way down, (N, skip, H, W)
+    ) -> Tensor:  # (N, skip + enlarged channels, H, W)
+        "Enlarge, and lay the skip beside it."
         height, width = skip.shape[-2:]
         if self.transposed is None:
             x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=True)
         else:
             x = self.transposed(x)[..., :height, :width]
-        return self.conv(torch.cat([skip, x], dim=1))
+        return torch.cat([skip, x], dim=1)
 
 # %% ../nbs/03_unet_model.ipynb #db9ec6df
 _MAX_DEPTH = 8
@@ -117,12 +136,47 @@ def _channel_plan(width: int, depth: int, bilinear: bool) -> tuple[list[int], li
     return down, down[-2::-1]
 
 # %% ../nbs/03_unet_model.ipynb #6138d945
-class UNet(nn.Module):
+class _Levels(nn.Module):
+    "A network of levels, some of which are computed again in the backward pass"
+
+    recomputed: frozenset[int] = frozenset()
+    slicing: bool = False
+
+    def _finish(self, x, skip):
+        "The last step up, and the head"
+        return self.head(self.ups[-1](x, skip))
+
+    def _lower(self, down, x):
+        "One step down"
+        return down(self.pool(x))
+
+    def _at(self, level, function, block, gather, *maps, head=None):
+        "One half of a level, from its maps to the next: as it is, computed again later, or that in slices"
+        if level not in self.recomputed or not torch.is_grad_enabled():
+            return function(*maps)
+        if self.slicing and gather is not None and not torch.compiler.is_compiling() and can_be_sliced(block, gather, head):
+            return sliced(block, gather, *maps, head=head)
+        return recompute(block, function, *maps)
+
+    def recompute_levels(
+        self,
+        levels: Iterable[int],  # 0 is full size, `depth` the bottom; none of them: keep everything
+        slicing: bool = False,  # Whether a few images at a time; takes least memory, gives the same up to rounding
+    ) -> None:
+        "Which levels are computed again in the backward pass; raises `ValueError` for one that does not exist."
+        chosen = frozenset(levels)
+        if wrong := sorted(chosen - set(range(len(self.downs) + 1))):
+            raise ValueError(f"This U-Net has no level {wrong[0]}: its levels are 0 (full size) to {len(self.downs)} (the bottom).")
+        self.recomputed, self.slicing = chosen, slicing
+
+# %% ../nbs/03_unet_model.ipynb #b52fc78e
+class UNet(_Levels):
     """The classic U-Net (batch norm, same padding): (N, n_channels, H, W) -> logits (N, n_classes, H, W).
 
     Any H, W >= 1: odd sizes are pooled upwards and each step up returns to its skip's exact size. Images are floats
     (float32, or lower under autocast). Raises ValueError for arguments or images that don't fit.
     `config` is the dict of the arguments. Source: Ronneberger, Fischer, Brox: U-Net, MICCAI 2015.
+    `recomputed` holds the levels (0 is full size) that are computed again in the backward pass, to save memory.
     """
 
     def __init__(
@@ -154,13 +208,14 @@ class UNet(nn.Module):
         "Down the stairs keeping every map, up again joining them."
         if not torch.jit.is_tracing():
             _check_images(images, self.n_channels, len(self.downs), training=self.downs[-1][1].training)
-        maps = [self.stem(images)]
-        for down in self.downs:
-            maps.append(down(self.pool(maps[-1])))
+        maps = [self._at(0, self.stem, self.stem, nn.Identity(), images)]
+        for level, down in enumerate(self.downs, 1):
+            maps.append(self._at(level, partial(self._lower, down), down, self.pool, maps[-1]))
         x = maps.pop()
-        for up in self.ups:
-            x = up(x, maps.pop())
-        return self.head(x)
+        for up in self.ups[:-1]:
+            x = self._at(len(maps) - 1, up, up.conv, up.smooth_join, x, maps.pop())
+        last = self.ups[-1]
+        return self._at(0, self._finish, last.conv, last.smooth_join, x, maps.pop(), head=self.head)
 
     def get_model_size(self) -> int:  # Number of parameters
         "How many parameters the model has, all of them, trained or frozen."

@@ -1,0 +1,349 @@
+"""The ways to compute a training: what they must leave as it was, and what they may not do to a run."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.memory import Stores, peak_bytes
+from unet_nbtrain import UNet, UNetTrainer, verify_resume
+from unet_nbtrain.batch_size import auto_batch
+from unet_nbtrain.losses import create_loss_function
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = pytest.mark.skipif(os.environ.get("FULL") != "1", reason="takes a compiler and minutes; FULL=1")
+
+
+def loader(count=10, size=4, classes=2):
+    draw = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.rand(count, 1, 16, 16, generator=draw), torch.randint(0, classes, (count, 16, 16), generator=draw))
+    return DataLoader(data, batch_size=size)
+
+
+class Dropping(UNet):
+    """Draws random numbers in each level"""
+
+    def __init__(self):
+        super().__init__(1, 1, width=4, depth=2)
+        for block in (self.stem, *self.downs, *(up.conv for up in self.ups)):
+            block.append(nn.Dropout2d(0.2))
+
+
+def small():
+    return UNet(1, 1, width=2, depth=1)
+
+
+def trained(tmp_path, name="run", epochs=2, model=Dropping, step=None, **settings):
+    torch.manual_seed(0)
+    trainer = UNetTrainer(model(), loader(), loader(6), device="cpu", run_dir=tmp_path / name, observers=[], **settings)
+    if step is not None:
+        trainer.observers.add(step)
+    trainer.train(epochs)
+    return trainer
+
+
+def numbers(trainer):
+    return [v for row in trainer.history.rows for part in ("train", "val") for v in (row[part]["loss"], row[part]["dice"])]
+
+
+def same(one, other):
+    a, b = one.model.state_dict(), other.model.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a) and numbers(one) == numbers(other)
+
+
+@pytest.fixture
+def light_compiler(monkeypatch):
+    """A compiler that takes functions apart and puts them together again; the calls that compiled something are counted"""
+    compiled = []
+    torch._dynamo.reset()
+
+    def compile_(function, mode=None, dynamic=None):
+        def backend(graph, inputs):
+            compiled.append([tuple(t.shape) for t in inputs if torch.is_tensor(t) and t.ndim == 4 and t.shape[-1] == 16])
+            return graph.forward
+
+        return torch._dynamo.optimize(backend, dynamic=dynamic)(function)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    return compiled
+
+
+# ---- recomputing
+@pytest.mark.parametrize("settings", [{"checkpoint": "auto"}, {"checkpoint": "all"}, {"checkpoint": [0]}, {"checkpoint": ["stem", "ups.0"]}], ids=str)
+@pytest.mark.parametrize("amp", [False, "bf16"])
+def test_recomputing_changes_no_bit(tmp_path, settings, amp):
+    plain, thrifty = trained(tmp_path, "plain", amp=amp), trained(tmp_path, "thrifty", amp=amp, **settings)
+    assert same(plain, thrifty)
+    assert thrifty.model.stem[1].num_batches_tracked == 6, "two epochs of three batches"
+    assert thrifty.model.recomputed == frozenset() and "forward" not in vars(thrifty.model.stem), "it ends with the run"
+
+
+def test_sliced_is_the_same_up_to_rounding(tmp_path):
+    plain, thrifty = (trained(tmp_path, name, model=small, checkpoint=name) for name in ("none", "sliced"))
+    assert torch.allclose(torch.tensor(numbers(plain)), torch.tensor(numbers(thrifty)), atol=1e-3)
+    assert not same(plain, thrifty), "the slices were not used"
+    assert thrifty.model.stem[1].num_batches_tracked == 6
+
+
+@pytest.mark.parametrize("checkpoint", ["all", "sliced"])
+def test_out_of_memory_is_split_while_recomputing(tmp_path, checkpoint, monkeypatch):
+    """The memory runs out in the backward pass, when a block is computed again"""
+    import unet_nbtrain.recompute as recompute
+    import unet_nbtrain.sliced as sliced
+
+    struck = []
+
+    def strike(real):
+        def narrow(*args, **kwargs):
+            if not struck:
+                struck.append(1)
+                raise torch.OutOfMemoryError("out of memory")
+            return real(*args, **kwargs)
+
+        return narrow
+
+    monkeypatch.setattr(recompute, "still_statistics", strike(recompute.still_statistics))
+    monkeypatch.setattr(sliced, "_second_back", strike(sliced._second_back))
+    trainer = trained(tmp_path, model=small, checkpoint=checkpoint)
+    assert struck and trainer.parts_per_batch == 2 and trainer.global_step == 6
+    assert all(m.track_running_stats for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert trainer.model.stem[1].num_batches_tracked == 12, "two epochs of three batches in two parts; the first try was undone"
+
+
+def test_a_resume_goes_on_recomputing(tmp_path):
+    trainer = trained(tmp_path, epochs=1, checkpoint="all", ema_decay=0.9)
+    assert verify_resume(trainer, steps=4).exact
+    assert trainer.averaged.module.recomputed == frozenset()
+
+
+def test_levels_are_refused_for_other_models(tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1))
+    trainer = UNetTrainer(model, loader(), loader(), create_loss_function(1), device="cpu", run_dir=tmp_path, observers=[], checkpoint="auto")
+    with pytest.raises(ValueError, match="Of this Sequential name the parts to recompute"):
+        trainer.train(1)
+    trainer.checkpoint = ["0"]
+    trainer.train(1)
+    assert trainer.current_epoch == 1
+
+
+# ---- compiling
+def test_a_compiled_run_is_the_plain_run(tmp_path, light_compiler):
+    plain, fast = trained(tmp_path, "plain", epochs=4), trained(tmp_path, "fast", epochs=4, compile="default")
+    assert list(plain.model.state_dict()) == list(fast.model.state_dict())
+    assert torch.allclose(torch.tensor(numbers(plain)), torch.tensor(numbers(fast)), atol=1e-5)
+    assert len(light_compiler) == 2, f"one for training, one for validation, none for the last, shorter batch: {light_compiler}"
+
+
+def test_a_compiled_run_with_averages_resumes_exactly(tmp_path, light_compiler):
+    trainer = trained(tmp_path, epochs=1, model=small, compile="default", ema_decay=0.5)
+    assert verify_resume(trainer, steps=4).exact
+    assert copy.deepcopy(trainer.model).state_dict().keys() == trainer.model.state_dict().keys()
+    file = torch.load(trainer.checkpoint_dir / "last.pth", weights_only=False)
+    assert not any("_orig_mod" in name for name in file["model_state_dict"])
+
+
+def test_a_compiled_run_splits_when_the_memory_is_full(tmp_path, light_compiler):
+    class Full(nn.Module):
+        def forward(self, x):
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return x
+
+    def model():
+        made = UNet(1, 1, width=2, depth=1)
+        made.stem.insert(0, Full())
+        return made
+
+    assert trained(tmp_path, model=model, compile="default").parts_per_batch == 2
+
+
+class Heard:
+    def __init__(self):
+        self.texts = []
+
+    def on_problem(self, trainer, text):
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("when", ["compiling", "first call", "backward"])
+def test_without_a_compiler_the_run_goes_on(tmp_path, monkeypatch, when):
+    def broken(function, **options):
+        if when == "compiling":
+            raise RuntimeError("no compiler here\nand a long story")
+
+        def call(images, masks):
+            loss, *rest = function(images, masks)
+            if when == "first call":
+                raise OSError("no compiler here")
+            loss.register_hook(lambda grad: (_ for _ in ()).throw(RuntimeError("no compiler here")))
+            return loss, *rest
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    heard = Heard()
+    trainer = trained(tmp_path, "fallback", compile="default", step=heard)
+    assert same(trainer, trained(tmp_path, "plain")), "the attempt left a trace"
+    expected = "compile='default' did not work here ({}: no compiler here). The run goes on plainly: the same results, more slowly."
+    assert heard.texts == [expected.format("OSError" if when == "first call" else "RuntimeError")]
+
+
+def test_a_compiler_that_computes_something_else_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x, y: (lambda out: (out[0] * 0.9, *out[1:]))(function(x, y)))
+    heard = Heard()
+    assert same(trained(tmp_path, "wrong", compile="max", step=heard), trained(tmp_path, "plain"))
+    assert len(heard.texts) == 1 and "its loss differs by 10.0% and its gradient differs by 10.0%" in heard.texts[0]
+
+
+def test_recomputing_takes_over_where_the_compiler_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (_ for _ in ()).throw(RuntimeError("none")))
+    seen = []
+
+    class Look:
+        def on_batch_end(self, trainer, loss):
+            seen.append(trainer.model.recomputed)
+
+    trained(tmp_path, compile="default", checkpoint="auto", step=Look())
+    assert set(seen) == {frozenset({0, 1, 2})}
+
+
+def test_a_training_step_of_ones_own_is_called(tmp_path, light_compiler):
+    class Own(UNetTrainer):
+        def training_step(self, images, masks):
+            loss, logits = super().training_step(images, masks)
+            return 2 * loss, logits
+
+    heard = Heard()
+    own = Own(UNet(1, 1, width=2, depth=1), loader(), loader(), device="cpu", run_dir=tmp_path, observers=[heard], compile="default")
+    own.train(1)
+    assert light_compiler == [] and len(heard.texts) == 1 and "A training_step of your own is called as it is" in heard.texts[0]
+
+
+def test_a_captured_step_is_copied_and_used_for_full_batches(tmp_path, monkeypatch):
+    """With a stand-in for the capture: its outputs lie in memory that the next call overwrites, as on a card"""
+    calls = []
+
+    def capture(module, samples, **options):
+        static = {}
+
+        def run(images, masks):
+            calls.append(len(images))
+            loss, *rest = module(images, masks)
+            flat = [rest[0], *rest[1]]
+            for place, value in enumerate(flat):
+                static.setdefault(place, value.clone()).copy_(value)
+            return loss, static[0], (static[1], static[2])
+
+        return run
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(UNetTrainer, "_kinds", lambda self: ("captured",) if torch.is_grad_enabled() and "captured" not in self._failed else ())
+    assert same(trained(tmp_path, "captured", cuda_graph=True), trained(tmp_path, "plain"))
+    assert calls == [4] * 5, "one rehearsal and two full batches in each of two epochs"
+
+
+@FULL
+def test_the_real_compiler(tmp_path):
+    settings = {"compile": "default", "checkpoint": "auto"}
+    plain, fast = trained(tmp_path, "plain"), trained(tmp_path, "fast", **settings)
+    assert torch.allclose(torch.tensor(numbers(plain)), torch.tensor(numbers(fast)), atol=1e-3)
+    assert fast._failed == frozenset() and verify_resume(fast, steps=4).exact
+
+
+@FULL
+def test_no_compiler_on_the_machine(tmp_path):
+    """A process whose C++ compiler does not exist"""
+    code = (
+        "import logging, sys; logging.basicConfig(level=logging.WARNING); sys.path.insert(0, 'tests');"
+        f"from test_modes import *; t = trained(Path({str(tmp_path)!r}), compile='default'); assert t._failed == {{'compiled'}}, t._failed"
+    )
+    environment = os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("did not work here") == 1
+
+
+# ---- layout
+def test_a_resume_in_another_layout(tmp_path):
+    first = trained(tmp_path, epochs=1)
+    torch.manual_seed(0)
+    other = UNetTrainer(Dropping(), loader(), loader(6), device="cpu", run_dir=tmp_path / "run", observers=[], channels_last=True)
+    other.train(2, resume="last")
+    weight = other.model.downs[0][0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and other.current_epoch == 2
+    assert other.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    assert first.history.rows == other.history.rows[:1]
+
+
+# ---- batch size
+@FULL
+def test_auto_batch_with_modes(light_compiler):
+    trainer = UNetTrainer(UNet(1, 1, width=2, depth=1), loader(), loader(), device="cpu", observers=[], compile="default", checkpoint=[0])
+    found = auto_batch(trainer, most=2)
+    assert found.largest == 2 and light_compiler, "the compiled step was tried"
+    assert trainer.model.recomputed == frozenset() and trainer._ways is None
+
+
+def test_auto_batch_leaves_no_tensor_behind():
+    import gc
+
+    trainer = UNetTrainer(UNet(1, 1, width=2, depth=1), loader(), loader(), device="cpu", observers=[])
+    auto_batch(trainer, most=1)
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    before = tensors()
+    auto_batch(trainer, most=2)
+    assert tensors() <= before
+
+
+# ---- the counting of memory
+def test_counted_by_hand():
+    """One convolution without bias: every store that its step makes can be written down"""
+    with Stores() as stores:
+        weight = torch.zeros(8, 4, 1, 1, requires_grad=True)  # 128 bytes, counted as 512
+        x = torch.zeros(1, 4, 32, 32)  # 16 KiB
+        y = torch.nn.functional.conv2d(x, weight)  # 32 KiB
+        kept = stores.live
+        loss = y.sum()  # 512
+        del y
+        assert stores.live == 512 + 2**14 + 512, "the sum does not need what it summed"
+        loss.backward()  # The gradient of y is an expanded scalar that the convolution lays out: 32 KiB
+        assert weight.grad is not None
+        assert stores.live == 512 + 2**14 + 512 + 512
+    assert kept == 512 + 2**14 + 2**15
+    assert 2**14 + 2**15 + 2 * 512 <= stores.peak <= 2**14 + 2 * 2**15 + 5 * 512
+
+
+def test_without_numbers_the_count_is_that_with_numbers():
+    """A real step of a small network, counted in the same way"""
+    for options in ({"checkpoint": "all"}, {"amp": "bf16"}):
+        fake, real = (peak_bytes(options, 4, 32, fake=fake, width=8, depth=1) for fake in (True, False))
+        assert abs(fake - real) <= 0.03 * real, (options, fake, real)
+
+
+def test_levers_save_what_is_said():
+    plain, thrifty, sliced = (peak_bytes({"checkpoint": checkpoint}, 8, 64, width=16, depth=1) for checkpoint in ("none", "all", "sliced"))
+    assert thrifty < 0.75 * plain and sliced < 0.8 * thrifty, (plain, thrifty, sliced)
+
+
+def test_the_gpu_benchmark_runs_dry(tmp_path):
+    out = tmp_path / "gpu.md"
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    text = out.read_text(encoding="utf-8")
+    assert "error" not in text.replace("| Lightning | error: not installed |", "") and "Parts that failed" not in text, text
+    for line in ("| *the user's table (another card)* | 8.5/s, 4.2 GB |", "none in 7 steps", "A resume is exact", "finished in 2 parts"):
+        assert line in text, text
+
+
+logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
