@@ -30,7 +30,7 @@ from .predictions import PredictionsTab, SampleKeeper
 from .settings_form import SettingsForm
 from .tabs import CurvesTab, Tabs, TextTab, earlier_runs
 from .trial import TrialBox
-from .view import STYLE, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
+from .view import STYLE, badge, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
 from .watcher import DataCheck, Pump, Watcher
 
 _log = logging.getLogger(__name__)
@@ -53,13 +53,14 @@ class _Widgets:
     "The pieces of the panel, and the box around them"
 
     def __init__(self, act, ring):
-        names = ("header", "progress", "tiles", "data", "message", "spoken")
+        names = ("header", "tiles", "data", "message", "spoken")
         self.html = {name: widgets.HTML() for name in names}
         self.html["spoken"].add_class("unt-spoken")
         self.buttons, self.tabs, self.curves = Buttons(act), Tabs(ring), CurvesTab(ring)
         self.controls, self.picture = self.buttons.controls, self.curves.picture
+        self.picture.tooltip = "Curves of the run. Their numbers are under Numbers."
         style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
-        order = [style, self.html["header"], self.buttons.box, self.html["progress"], self.tabs.widget]
+        order = [style, self.html["header"], self.buttons.box, self.tabs.widget]
         self.box = widgets.VBox([*order, *(self.html[name] for name in ("tiles", "message", "spoken"))])
         self.box.add_class("unt-panel")
 
@@ -132,7 +133,7 @@ class _Tabbed(_Facts):
         self._widgets = _Widgets(press, self._watcher.ring)
         self._handles, self._tick, self._lock = [], 0, threading.Lock()
         self._pump = self._drawn_run = None
-        self._still_due = 0.0
+        self._still_due, self._headed = 0.0, (None, 0.0)
         self._fill_tabs(put)
         trainer.observers.add(self._watcher)
         trainer.observers.add(self._samples)
@@ -190,8 +191,21 @@ class _Messages(_Tabbed):
             found = f'<div class="unt-message unt-quiet">{html.escape(found)}</div>'
         return problems_html(failure, run.traceback if failure else "", told, doubts(status.rows)) + message_html(status) + found
 
+# %% ../nbs/17_display.ipynb #8eabb0c7
+class _Headed(_Messages):
+    "The head line and the bars"
+
+    TEXT_WAITS = 0.5  # Seconds that the head line may wait while pictures are sent
+
+    def _paint_head(self, status, at_once):
+        "The head line and the bars; they give way to a picture, unless something has happened or they are old"
+        happened, now = (badge(status), len(status.rows)), time.monotonic()
+        if at_once or happened != self._headed[0] or now > self._headed[1] + self.TEXT_WAITS:
+            self._headed, self._tick = (happened, now), self._tick + 1
+            self._widgets.html["header"].value = header_html(status, self._tick) + progress_html(status)
+
 # %% ../nbs/17_display.ipynb #4f3b8532
-class Display(_Messages):
+class Display(_Headed):
     "The showing side of the panel: `show` displays it, `add_tab` adds to it; the pump paints."
 
     def _paint(self, with_picture, everything=False):
@@ -202,9 +216,9 @@ class Display(_Messages):
         moment = self._moment()
         status, html_of, record = read_status(self.trainer, self.num_epochs, self._watcher.begun_at), self._widgets.html, self._record(moment)
         status.rows = record.rows
-        self._shown, self._with_picture, self._tick = (status, record, moment), with_picture or ended, self._tick + 1
-        html_of["header"].value = header_html(status, self._tick)
-        html_of["progress"].value, html_of["tiles"].value = progress_html(status), tiles_html(status)
+        self._shown, self._with_picture = (status, record, moment), with_picture or ended
+        self._paint_head(status, everything or ended or not with_picture)
+        html_of["tiles"].value = tiles_html(status)
         html_of["message"].value = self._messages(status, moment)
         html_of["spoken"].value = f'<span role="status" aria-live="polite">{spoken(status)}</span>'
         self._widgets.buttons.paint(moment, self._asked)
@@ -239,7 +253,7 @@ class Display(_Messages):
             return _log.info("%s There is no notebook here to show a panel in.", text)
         handle = display(self._widgets.bundle(text), raw=True, display_id=True)
         if handle is not None:
-            still = {"text/html": _still_html(b"", self._shown[1], text), "text/plain": text}
+            still = {"text/html": _still_html(bytes(self._widgets.picture.value), self._shown[1], text), "text/plain": text}
             self._handles.append((handle, display(still, raw=True, display_id=True)))
 
     def _ipython_display_(self):
