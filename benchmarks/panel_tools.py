@@ -12,10 +12,11 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["PROBE", "Lab", "Server", "begin", "machine", "npm_file", "opened", "setup", "spread", "table", "verdict", "write"]
+__all__ = ["PROBE", "Kernel", "Lab", "Server", "begin", "machine", "npm_file", "opened", "setup", "spread", "table", "verdict", "whole_flow", "write"]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "tests"))
+from comms import Kernel, whole_flow  # noqa: E402
 from lab import PROBE, Lab, Server, chromium  # noqa: E402
 
 PACKAGES = ("torch", "ipykernel", "ipywidgets", "jupyterlab", "notebook", "matplotlib")

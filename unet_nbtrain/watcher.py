@@ -116,13 +116,18 @@ def rest_after(
     return min(max(cost / BUDGET, SOONEST), LATEST)
 
 # %% ../nbs/16_watcher.ipynb #0a180d9f
-def _give_thread_a_parent(kernel):
+def _give_thread_a_parent(shell):
     "Let the present thread send, in ipykernel 7.0; elsewhere nothing happens"
+    kernel, publisher = getattr(shell, "kernel", None), getattr(shell, "display_pub", None)
     try:
         if kernel is not None:
             kernel.get_parent()
     except LookupError:
         kernel._shell_parent.set({})
+    try:
+        getattr(publisher, "parent_header", None)
+    except LookupError:
+        publisher._parent_header.set({})
 
 # %% ../nbs/16_watcher.ipynb #25021a0f
 class Pump:
@@ -153,7 +158,7 @@ class Pump:
         self.watcher.ring()
 
     def _run(self):
-        _give_thread_a_parent(getattr(get_ipython(), "kernel", None))
+        _give_thread_a_parent(get_ipython())
         while not self.closed:
             rang = self.watcher.bell.wait(self.SIGN_OF_LIFE)
             if self.closed or not (rang or self.painter.alive()):
