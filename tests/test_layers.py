@@ -40,12 +40,12 @@ ALLOWED = {
     "curves": {"numpy", "matplotlib"},
     "inference": {"torch", "numpy", "PIL"},
     "plots": {"torch", "numpy", "PIL", "matplotlib"},
-    "controls": {"ipywidgets"},
-    "predictions": {"torch", "numpy", "PIL", "ipywidgets"},
-    "tabs": {"ipywidgets"},
-    "trial": {"torch", "numpy", "ipywidgets"},
+    "widgets": {"ipywidgets", "IPython"},
+    "controls": set(),
+    "predictions": {"numpy", "PIL"},
+    "tabs": set(),
     "report": {"torch", "numpy", "matplotlib"},
-    "settings_form": {"ipywidgets"},
+    "settings_form": set(),
     "view": set(),
     "watcher": {"torch", "numpy", "IPython"},
     "display": {"PIL", "ipywidgets", "IPython"},
@@ -140,6 +140,9 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_the_rooms_below_the_panel_load_no_plots_and_no_widgets():
     """The trainer and all that it uses: a training without a notebook needs no widgets, and TensorBoard only once it logs."""
     heavy = {room for room, allowed in ALLOWED.items() if allowed & {"matplotlib", "IPython", "ipywidgets"}}
+    for path in sorted(modules(), key=lambda path: ORDER[path.stem]):
+        own = {name.split(".")[1] for name in imported(path.read_text(encoding="utf-8")) if name.startswith("unet_nbtrain.")}
+        heavy |= {path.stem} if own & heavy else set()
     rooms = [f"unet_nbtrain.{room}" for room, order in ORDER.items() if order < ORDER["panel"] and room not in heavy]
     assert loaded_after(f"import {', '.join(rooms)}") <= {"torch"}
 
