@@ -47,8 +47,8 @@ ALLOWED = {
     "report": {"torch", "numpy", "matplotlib"},
     "settings_form": set(),
     "view": set(),
-    "watcher": {"torch", "numpy", "IPython"},
-    "display": {"PIL", "ipywidgets", "IPython"},
+    "watcher": {"torch", "numpy"},
+    "display": {"PIL"},
     "panel": {"torch"},
 }
 
@@ -121,7 +121,8 @@ def test_the_rules_can_fail():
     assert wrong_libraries("history", "import torch.nn, json") == ["torch"]
     assert wrong_libraries("control", "import numpy as np, threading") == ["numpy"]
     assert wrong_libraries("core", "from fastcore.all import *\nimport nbdev.export") == ["fastcore", "nbdev"]
-    assert wrong_libraries("display", "import ipywidgets\nfrom IPython.display import display") == []
+    assert wrong_libraries("display", "import ipywidgets") == ["ipywidgets"]
+    assert wrong_libraries("widgets", "import ipywidgets\nfrom IPython.display import display") == []
 
 
 def loaded_after(code):
