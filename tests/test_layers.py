@@ -40,7 +40,7 @@ ALLOWED = {
     "curves": {"numpy", "matplotlib"},
     "inference": {"torch", "numpy", "PIL"},
     "plots": {"torch", "numpy", "PIL", "matplotlib"},
-    "widgets": {"ipywidgets", "IPython"},
+    "widgets": {"ipywidgets", "IPython", "traitlets"},
     "controls": set(),
     "predictions": {"numpy", "PIL"},
     "tabs": set(),
