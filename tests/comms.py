@@ -155,7 +155,7 @@ def whole_flow(kernel, tmp_path):
     kernel.until(lambda: float(kernel.run("panel.trainer.learning_rate")) == 0.0004, "new learning rate")
     kernel.until(lambda: "<b>Machine</b>" in kernel.markup(), "tab with numbers")
     kernel.click("Save", subshell)
-    kernel.until(lambda: "Saved at step" in kernel.markup(), "saved checkpoint")
+    kernel.until(lambda: "Saved after step" in kernel.markup(), "saved checkpoint")
 
     if subshell:
         identity = kernel.send(BUSY)

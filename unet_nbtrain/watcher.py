@@ -15,9 +15,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from IPython import get_ipython
 
 from .mask_report import MaskReport, describe_masks
+from .widgets import get_ipython
 
 _log = logging.getLogger(__name__)
 
