@@ -26,7 +26,7 @@ from .plots import plot_history, save_png
 from .restore import checkpoint_folder, earlier_session, list_checkpoints
 from .predictions import PredictionsTab, SampleKeeper
 from .settings_form import SettingsForm
-from .tabs import CurvesTab, Tabs, TextTab, earlier_runs
+from .tabs import BoxTab, CurvesTab, Tabs, TextTab, earlier_runs
 from .trial import TrialBox
 from .view import STYLE, Status, badge, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
 from .watcher import DataCheck, Pump, Watcher
@@ -109,14 +109,6 @@ class _Facts:
         return self._found[1]
 
 # %% ../nbs/17_display.ipynb #6a72063f
-class _Boxed:
-    "Widgets as a tab"
-
-    def __init__(self, title, *children):
-        self.title, self.box = title, widgets.VBox(children)
-        self.box.add_class("unt-form")
-
-# %% ../nbs/17_display.ipynb #95786920
 class _Tabbed(_Facts):
     "The showing side: widgets, tabs, pump and pictures"
 
@@ -148,7 +140,7 @@ class _Tabbed(_Facts):
         self.add_tab("Numbers", lambda: numbers_html(self._shown[1], memory_text(trainer.device), self._shown[0].waiting))
         tabs.add(self._menu, lambda: self._menu.paint(self._files, button_faces(self._shown[2])["rewind"].why_not))
         self._trial = TrialBox(trainer, lambda rate: put("lr", rate), self._watcher.ring)
-        tabs.add(_Boxed("Data", self._trial.box, self._widgets.html["data"]), self._paint_data)
+        tabs.add(BoxTab("Data", self._trial.box, self._widgets.html["data"]), self._paint_data)
         self.add_tab("Log", lambda: log_html(self._shown[1].events, self._watcher.problems))
 
     def add_tab(

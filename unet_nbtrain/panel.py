@@ -17,9 +17,9 @@ from .control import Command, Run
 from .controls import FirstBatch
 from .display import Display
 from .history import History
-from .report import inline_image, report_of_trainer
+from .report import ReportParts, report_of_trainer
 from .restore import best_model, earlier_session, load_best, rewind
-from .predictions import rows_html, sample_sheet, sheet_words
+from .predictions import samples_html
 from .settings import check_setting
 from .trainer import UNetTrainer
 
@@ -199,13 +199,13 @@ class _Results(_Pressed):
         path: str | Path | None = None,  # Where to write; `None`: `report.html` in the run's folder
     ) -> Path:  # The file
         "Write the run as one HTML file: curves, numbers, predictions, data, settings. Raises `ValueError` without a place to write to, `OSError`."
-        samples, keeper, best = "", self._samples, self.history.best
-        if keeper.frames:
-            frame = keeper.at(best["epoch"] if best else keeper.frames[-1].epoch)
-            words = rows_html(frame) + sheet_words(keeper)
-            samples = inline_image(sample_sheet(keeper, frame, self.trainer.ignore_index), "Image, mask, prediction and errors of each sample", "webp") + words
-        data = [f"<h3>{phase}</h3>{report._repr_html_()}" for phase, report in self._check.reports.items()]
-        return report_of_trainer(self.trainer, path, data, samples, self._watcher.problems)
+        return report_of_trainer(self.trainer, path, **self._report_parts(), problems=self._watcher.problems)
+
+    def _report_parts(self):
+        "The look at the data, and the predictions of the best epoch"
+        best = self.history.best
+        samples = samples_html(self._samples, best["epoch"] if best else None, self.trainer.ignore_index)
+        return {"data": [f"<h3>{phase}</h3>{report._repr_html_()}" for phase, report in self._check.reports.items()], "samples": samples}
 
     def best_model(self) -> torch.nn.Module:  # On the same device, in evaluation mode
         "A copy of the model with the best weights so far, for the next cell; raises `ValueError` if there are none."
@@ -232,7 +232,8 @@ class TrainerPanel(_Results):
             raise ValueError("Give either model and loaders (with options for the trainer), or trainer alone.")
         super().__init__(trainer or UNetTrainer(model, *_two_loaders(loaders), **trainer_options), num_epochs, self._press, self.set)
         self.controls, self._first, self._one_start = self._widgets.controls, FirstBatch(), threading.Lock()
-        self.trainer.observers.add(self._first)
+        for observer in (self._first, ReportParts(self._report_parts)):
+            self.trainer.observers.add(observer)
 
     @property
     def history(self) -> History:

@@ -246,7 +246,7 @@ STYLE = """<style>
 .unt-buttons{padding:9px 12px 3px} .unt-buttons button{font-weight:600;border-radius:5px}
 .unt-panel :focus-visible{outline:3px solid #0072B2;outline-offset:1px}
 .unt-panel button .fa::before{speak:never}
-.unt-bars{display:grid;grid-template-columns:52px minmax(120px,1fr) minmax(190px,auto);gap:5px 10px;align-items:center;padding:4px 14px 8px}
+.unt-bars{display:grid;grid-template-columns:52px minmax(120px,1fr) minmax(190px,auto);gap:5px 10px;align-items:center;padding:10px 14px 2px}
 .unt-bar{display:block;height:9px;border-radius:5px;background:var(--jp-border-color2,#e4e8ec);overflow:hidden}
 .unt-bar>span{display:block;height:100%;background:#0072B2;border-radius:5px}
 .unt-plot{display:block;background:#fff}
