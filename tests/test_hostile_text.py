@@ -89,7 +89,7 @@ def test_markup_in_names_is_text_everywhere(evil, tmp_path):
     escaped = html.escape(EVIL)
     assert not TAG.search(shown), shown[max(0, TAG.search(shown).start() - 200) :][:400]
     wanted = {"numbers": f"<th>{escaped}</th>", "class": f"b{escaped}", "run": f"run{escaped}", "exception": f"OSError: {escaped} cannot be read",
-              "problem": f"The file {escaped} was left out.", "setting": f"got {html.escape(repr(EVIL))}", "worst": f"worst of all: "}  # fmt: skip
+              "problem": f"The file {escaped} was left out.", "setting": f"got {html.escape(repr(EVIL))}", "worst": "worst of all: "}  # fmt: skip
     assert [name for name, text in wanted.items() if text not in shown] == []
     assert re.search(rf"worst of all: \d{re.escape(escaped)}", shown)
 

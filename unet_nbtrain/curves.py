@@ -136,8 +136,7 @@ class _Canvas:
         pointer = {"arrowstyle": "-", "color": _VAL, "linewidth": 0.8, "shrinkA": 4, "shrinkB": 7}
         label = {"color": _VAL, "fontsize": 8.5, "ha": "center", "va": "center", "path_effects": HALO, "zorder": 8, "animated": animated, **FONT}
         self.labels = {name: home[name].annotate("", (0, 0), (0.5, 0.5), textcoords="axes fraction", arrowprops=pointer, **label) for name in ("loss", *metrics)}
-        hint = {"ha": "center", "va": "center", "color": COLORS["hint"], "fontsize": 9.5, **FONT}
-        self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, **hint) for ax in self.axes]
+        self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=COLORS["hint"], fontsize=9.5, **FONT) for ax in self.axes]
         told = {"train": "train", "val": "validation"} | ({"batch": "each batch"} if batches else {})
         self.axes[0].legend(
             handles=[Line2D([], [], **STYLES[kind], label=label) for kind, label in told.items()], loc="lower right", bbox_to_anchor=(1, 0.995), ncols=3, frameon=False, prop={**LEGEND_FONT, "size": 8.5}, labelcolor=_FAINT,

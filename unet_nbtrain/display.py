@@ -196,25 +196,8 @@ class _Headed(_Messages):
             self._widgets.html["header"].value = header_html(status, self._tick) + progress_html(status)
 
 # %% ../nbs/17_display.ipynb #4f3b8532
-class _Safe(_Headed):
-    "Painting that harms nobody"
-
-    def _paint_safely(self, with_picture, everything=False):
-        "Paint; what goes wrong there is told once, in the panel and in the log, and reaches neither the training nor who makes a panel"
-        try:
-            self._paint(with_picture, everything)
-            self._untold = ""
-        except Exception as error:
-            text = f"The panel could not be drawn ({type(error).__name__}: {error}); the training is not affected."
-            if text != self._untold:
-                self._untold = text
-                _log.exception("%s", text)
-                self._widgets.html["message"].value = problems_html(None, "", [text])
-                self._watcher.on_problem(self.trainer, text)
-
-# %% ../nbs/17_display.ipynb #aca94297
-class Display(_Safe):
-    "The showing side of the panel: `show` displays it, `add_tab` adds to it; the pump paints."
+class _Painting(_Headed):
+    "All widgets at one moment"
 
     def _paint(self, with_picture, everything=False):
         "Bring all widgets up to the present moment"
@@ -248,6 +231,27 @@ class Display(_Safe):
             beside.update({"text/html": still, "text/plain": spoken(status)}, raw=True)
             if live and panel is not None:
                 panel.update(self._widgets.bundle(spoken(status)), raw=True)
+
+# %% ../nbs/17_display.ipynb #65ecda12
+class _Safe(_Painting):
+    "Painting that harms nobody"
+
+    def _paint_safely(self, with_picture, everything=False):
+        "Paint; what goes wrong there is told once, in the panel and in the log, and reaches neither the training nor who makes a panel"
+        try:
+            self._paint(with_picture, everything)
+            self._untold = ""
+        except Exception as error:
+            text = f"The panel could not be drawn ({type(error).__name__}: {error}); the training is not affected."
+            if text != self._untold:
+                self._untold = text
+                _log.exception("%s", text)
+                self._widgets.html["message"].value = problems_html(None, "", [text])
+                self._watcher.on_problem(self.trainer, text)
+
+# %% ../nbs/17_display.ipynb #aca94297
+class Display(_Safe):
+    "The showing side of the panel: `show` displays it, `add_tab` adds to it; the pump paints."
 
     def show(self) -> None:
         "Display the panel here; any number of times, in any cell: all views show the same run. Without widgets: curves, table and a bar."

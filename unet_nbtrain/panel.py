@@ -80,6 +80,16 @@ class _Starting(Display):
         finally:
             self._watcher.ring()
 
+    def _require_good_masks(self):
+        self._trial.wait(_TRIAL_SECONDS)
+        self._check.begin()
+        if self.trainer.run is None and self._check.wait(_LOOK_SECONDS) and self._check.error is not None:
+            raise self._check.error
+
+# %% ../nbs/18_panel.ipynb #09bc9b82
+class _More(_Starting):
+    "Epochs that were not planned"
+
     def train_more(
         self,
         epochs: int,  # How many more
@@ -93,14 +103,8 @@ class _Starting(Display):
         with self._lock:
             return self.trainer.start(epochs)
 
-    def _require_good_masks(self):
-        self._trial.wait(_TRIAL_SECONDS)
-        self._check.begin()
-        if self.trainer.run is None and self._check.wait(_LOOK_SECONDS) and self._check.error is not None:
-            raise self._check.error
-
-# %% ../nbs/18_panel.ipynb #09bc9b82
-class _Commands(_Starting):
+# %% ../nbs/18_panel.ipynb #40b65f72
+class _Commands(_More):
     "The steering side: what the buttons do, callable from cells too"
 
     def pause(self) -> Command:

@@ -12,7 +12,6 @@ import html
 import io
 import math
 import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np

@@ -234,7 +234,7 @@ def spoken(
     return f"Training: {word}, {status.epoch} of {status.total} epochs done.{numbers}"
 
 # %% ../nbs/16_view.ipynb #3ad7f0d6
-STYLE = """<style>
+_FRAME = """
 .unt-panel{max-width:1080px;border:1px solid var(--jp-border-color2,#d5d9de);border-radius:8px;overflow:hidden;
   color:var(--jp-ui-font-color1,#1b1f24);font-family:var(--jp-ui-font-family,system-ui,sans-serif);font-size:13px;padding:0}
 .unt-panel .widget-html-content,.unt-panel .jupyter-widgets{line-height:1.45}
@@ -267,7 +267,10 @@ body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:in
 .unt-pending{background-image:linear-gradient(45deg,rgba(255,255,255,.35) 25%,transparent 25% 50%,rgba(255,255,255,.35) 50% 75%,transparent 75%)!important;
   background-size:20px 20px!important;animation:unt-move 1s linear infinite}
 @keyframes unt-move{to{background-position:20px 0}} @media(prefers-reduced-motion:reduce){.unt-pending{animation:none}}
-.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin-top:2px} .unt-tabs>.widget-tab-contents{border:0!important;padding:8px 0 2px!important}
+"""
+
+# %% ../nbs/16_view.ipynb #9882a98d
+_TABS = """.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin-top:2px} .unt-tabs>.widget-tab-contents{border:0!important;padding:8px 0 2px!important}
 .unt-tabs .lm-TabBar-tab.lm-mod-current,.unt-tabs .p-TabBar-tab.p-mod-current{font-weight:650}
 .unt-tabs :focus-visible{outline:3px solid #0072B2;outline-offset:-3px}
 .unt-menus{padding:0 10px;gap:2px 10px} .unt-caption{padding:0 14px 4px;font-size:12px} .unt-form{padding:4px 12px 8px}
@@ -285,4 +288,6 @@ body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:in
 .unt-spoken{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .unt-stale{color:#b3261e;visibility:hidden;position:absolute;animation:unt-show 0s linear 4s forwards}
 @keyframes unt-show{to{visibility:visible;position:static}}
-</style>"""
+"""
+
+STYLE = f"<style>{_FRAME}{_TABS}</style>"
