@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -12,12 +11,12 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["PROBE", "Kernel", "Lab", "Server", "begin", "machine", "npm_file", "opened", "setup", "spread", "table", "verdict", "whole_flow", "write"]
+__all__ = ["PROBE", "Kernel", "Lab", "Server", "begin", "faults", "machine", "npm_file", "opened", "setup", "spread", "table", "verdict", "whole_flow", "write"]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "tests"))
 from comms import Kernel, whole_flow  # noqa: E402
-from lab import PROBE, Lab, Server, chromium  # noqa: E402
+from lab import PROBE, Lab, Server, chromium, faults, npm_file  # noqa: E402
 
 PACKAGES = ("torch", "ipykernel", "ipywidgets", "jupyterlab", "notebook", "matplotlib")
 
@@ -105,16 +104,3 @@ def spread(values, unit="ms"):
 def verdict(met):
     """For the last column"""
     return "yes" if met else "**no**"
-
-
-def npm_file(package, inside):
-    """A file out of an npm package, fetched into a temporary folder; None where npm cannot fetch it"""
-    if shutil.which("npm") is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        fetched = subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, capture_output=True, text=True, timeout=90)
-        archive = next(Path(folder).glob("*.tgz"), None)
-        if fetched.returncode or archive is None:
-            return None
-        shutil.unpack_archive(archive, folder)
-        return (Path(folder) / "package" / inside).read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -145,8 +146,13 @@ class Page:
         self.messages = self.bytes = 0
         self.dialogs, self.errors = [], []
         self.page.on("websocket", lambda socket: socket.on("framereceived", self._count) if "/api/kernels/" in socket.url else None)
-        self.page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.accept()))
+        self.page.on("dialog", self._answer)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _answer(self, dialog):
+        if dialog.type != "beforeunload":  # JupyterLab asks so itself when something is not saved
+            self.dialogs.append(dialog.message)
+        dialog.accept()
 
     def _count(self, frame):
         self.messages += 1
@@ -226,6 +232,31 @@ class Page:
         metrics = {entry["name"]: entry["value"] for entry in session.send("Performance.getMetrics")["metrics"]}
         session.detach()
         return metrics["JSHeapUsedSize"] / 1e6
+
+
+def npm_file(package, inside):
+    """The text of a file in an npm package, fetched into a temporary folder; None where npm cannot fetch it"""
+    if shutil.which("npm") is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, capture_output=True, timeout=60, check=True)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+            return None
+        shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
+        return (Path(folder) / "package" / inside).read_text(encoding="utf-8")
+
+
+AXE = """async () => (await axe.run('.unt-panel', {resultTypes: ['violations']})).violations
+  .flatMap(rule => rule.nodes.map(node => [rule.impact, rule.id, node.html.slice(0, 200), node.failureSummary]))"""
+
+
+def faults(page):
+    """What axe-core finds in the panels of a page, whose script has been put there: impact, rule, markup, and how to mend it
+
+    The handle of a slider is made by ipywidgets, and nothing that a kernel can say gives it a name.
+    """
+    return [fault for fault in page.evaluate(AXE) if "noUi-handle" not in fault[2]]
 
 
 class Lab(Page):

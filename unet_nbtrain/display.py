@@ -29,7 +29,7 @@ from .settings_form import SettingsForm
 from .tabs import BoxTab, CurvesTab, Tabs, TextTab, earlier_runs
 from .trial import TrialBox
 from .view import STYLE, Status, badge, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
-from .watcher import DataCheck, Pump, Watcher
+from .watcher import DataCheck, Farewell, Pump, Watcher
 from .widgets import HAS_WIDGETS, display, get_ipython, open_colab, widgets
 
 _log = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ class _Tabbed(_Facts):
         self._widgets = _Widgets(press, self._watcher.ring)
         self._handles, self._tick, self._lock = [], 0, threading.Lock()
         self._pump = self._drawn_run = None
+        self._farewell = Farewell(self._widgets.controls, self._widgets.html["message"])
         self._still_due, self._headed, self._untold = 0.0, (None, 0.0), ""
         self._shown = Status(), trainer.history, Moment()
         self._fill_tabs(put)
@@ -180,7 +181,7 @@ class _Messages(_Tabbed):
             size = f" of {len(status.rows)} epochs" if status.rows else ""
             found = f"This folder has a run{size}. Resume goes on from {moment.found}; for a new run, choose another run_dir."
             found = f'<div class="unt-message unt-quiet">{html.escape(found)}</div>'
-        return problems_html(failure, run.traceback if failure else "", told, doubts(status.rows)) + message_html(status) + found
+        return self._farewell.html + problems_html(failure, run.traceback if failure else "", told, doubts(status.rows)) + message_html(status) + found
 
 # %% ../nbs/17_display.ipynb #8eabb0c7
 class _Headed(_Messages):
@@ -214,6 +215,7 @@ class _Painting(_Headed):
         html_of["message"].value = self._messages(status, moment)
         html_of["spoken"].value = f'<span role="status" aria-live="polite">{spoken(status)}</span>'
         self._widgets.buttons.paint(moment, self._asked)
+        self._farewell.paint()
         self._widgets.tabs.paint(everything or ended)
         if self._check.wait(0):
             self._paint_data()

@@ -91,7 +91,7 @@ def _failure(failure, trace):
     "The sentence, what to do, and the traceback folded"
     advice = advice_for(failure)
     text = f"<b>⚠ {html.escape(f'{type(failure).__name__}: {failure}')}</b>" + (f"<div>{html.escape(advice)}</div>" if advice else "")
-    folded = f"<details><summary>Traceback</summary><pre>{html.escape(trace)}</pre></details>" if trace else ""
+    folded = f"<details><summary>Traceback</summary><pre tabindex='0' role='region' aria-label='Traceback'>{html.escape(trace)}</pre></details>" if trace else ""
     return f'<div class="unt-message unt-warn" role="alert">{text}{folded}</div>'
 
 
@@ -172,4 +172,4 @@ def log_html(
     more = f"<p class='unt-soft'>and {len(rows) - most:,} earlier</p>" if len(rows) > most else ""
     seen = "".join(f"<li>{html.escape(text)}</li>" for text in dict.fromkeys(reversed(told)))
     table = f"<table><tr><th>epoch</th><th>step</th><th>what</th><th>details</th></tr>{body}</table>" if rows else "<p class='unt-soft'>Nothing yet: changes, pauses, saves and problems come here.</p>"
-    return f'<div class="unt-log">{table}{more}{f"<p>Reported:</p><ul>{seen}</ul>" if seen else ""}</div>'
+    return f'<div class="unt-log" tabindex="0" role="region" aria-label="Log">{table}{more}{f"<p>Reported:</p><ul>{seen}</ul>" if seen else ""}</div>'

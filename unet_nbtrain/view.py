@@ -212,7 +212,7 @@ def data_html(
     counts = " and ".join(f"{report['pairs']} {names.get(phase, phase)}" for phase, report in reports.items())
     parts = (f"<div><b>{html.escape(names.get(phase, phase).capitalize())}</b>{report._repr_html_()}</div>" for phase, report in reports.items())
     note = f" · ⚠ {doubts} {'doubts' if doubts > 1 else 'doubt'}" if doubts else " · nothing doubtful"
-    return f'<div class="unt-data"><b>{counts} masks{note}</b><div>{"".join(parts)}</div></div>'
+    return f'<div class="unt-data"><b>{counts} masks{note}</b><div tabindex="0" role="region" aria-label="Report of the masks">{"".join(parts)}</div></div>'
 
 # %% ../nbs/16_view.ipynb #913a7519
 def message_html(
@@ -244,7 +244,7 @@ _FRAME = """
 .unt-badge{color:#fff;border-radius:10px;padding:1px 11px;font-weight:600;font-size:12px;letter-spacing:.02em;white-space:nowrap}
 .unt-soft{color:var(--jp-ui-font-color2,#57606a)} .unt-right{margin-left:auto;white-space:nowrap}
 .unt-buttons{padding:9px 12px 3px} .unt-buttons button{font-weight:600;border-radius:5px}
-.unt-panel :focus-visible{outline:3px solid #0072B2;outline-offset:1px}
+.unt-panel :focus-visible{outline:3px solid #0072B2!important;outline-offset:1px}
 .unt-panel button .fa::before{speak:never}
 .unt-bars{display:grid;grid-template-columns:52px minmax(120px,1fr) minmax(190px,auto);gap:5px 10px;align-items:center;padding:10px 14px 2px}
 .unt-bar{display:block;height:9px;border-radius:5px;background:var(--jp-border-color2,#e4e8ec);overflow:hidden}
