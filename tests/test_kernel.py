@@ -1,11 +1,14 @@
 """The panel in a real kernel, driven over its comms as a front end does, without a browser."""
 import os
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 
-from comms import BUSY, BUSY_SECONDS, Kernel, open_panel
+from comms import BUSY, BUSY_SECONDS, Kernel, open_panel, whole_flow
 
 
 @pytest.fixture
@@ -111,6 +114,32 @@ def test_interrupt_of_a_blocking_training_is_a_stop(kernel, tmp_path):
     assert kernel.run("panel.trainer.run.reason") == "'stopped by a command'"
     steps = int(kernel.run("panel.trainer.global_step"))
     assert steps > 0 and kernel.run("torch.load(panel.trainer.checkpoint_dir / 'last.pth')['global_step']") == str(steps)
+
+
+def test_the_oldest_versions(tmp_path):
+    """All that a person does, in ipykernel 6.29 with ipywidgets 7.7.1; `python -m benchmarks.panel_versions` does it in eight pairs"""
+    packages = tmp_path / "packages"
+    wanted = ["ipykernel==6.29.5", "ipywidgets==7.7.1", "ipython_genutils"]
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--target", str(packages)]
+    if subprocess.run([*pip, *wanted]).returncode:
+        pytest.skip("pip cannot fetch these versions")
+    kernel = Kernel(tmp_path, [packages])
+    try:
+        assert kernel.run("__import__('ipykernel').__version__, __import__('ipywidgets').__version__") == "('6.29.5', '7.7.1')"
+        assert "pause, busy" not in whole_flow(kernel, tmp_path)
+    finally:
+        kernel.close()
+        shutil.rmtree(packages, ignore_errors=True)
+
+
+def test_last_words_of_a_kernel(kernel, tmp_path):
+    """A kernel that is shut down in an orderly way says so in the panel, and its buttons are dead"""
+    open_panel(kernel, tmp_path)
+    kernel.click("Start")
+    kernel.until(lambda: ">training<" in kernel.markup(), "badge 'training'")
+    kernel.manager.request_shutdown()
+    kernel.until(lambda: "The kernel has ended" in kernel.markup(), "last words")
+    kernel.until(lambda: all(s["disabled"] for s in kernel.models.values() if s.get("tooltip") == "The kernel has ended."), "dead buttons")
 
 
 UPDATES = """
