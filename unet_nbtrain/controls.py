@@ -150,7 +150,7 @@ class FirstBatch:
 
     def on_run_end(self, trainer, reason):
         "The run is over."
-        self._answer(False, f"the run ended before its first batch: {reason}")
+        self._answer(False, "the run ended before its first batch; the reason is below")
 
     def _answer(self, ok, message):
         command, self.command = self.command, None

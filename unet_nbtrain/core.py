@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['available_devices', 'get_device', 'get_amp_dtype', 'derive_seed', 'seed_step', 'exact_kernels', 'split_batch', 'move',
-           'unwrap', 'length_of', 'dataset_attribute', 'natural_key']
+           'Carrier', 'unwrap', 'length_of', 'dataset_attribute', 'natural_key']
 
 # %% ../nbs/00_core.ipynb #38b8b481
 import hashlib
@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -72,8 +73,16 @@ def derive_seed(
     *parts: int | str,  # What the seed is a function of, e.g. `seed, 'augment', epoch, index`
 ) -> int:  # In [0, 2**63), fit for every random generator in use here
     "A seed that depends on all of `parts` and on nothing else: the same on every machine, process and day (BLAKE2b of their text)."
-    text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in map(_plain, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    *known, last = map(_plain, parts)
+    hashed = _hashed(*known).copy()
+    hashed.update(f"{type(last).__name__[0]}{last}".encode())
+    return int.from_bytes(hashed.digest(), "big") >> 1
+
+
+@lru_cache(maxsize=64)
+def _hashed(*parts):
+    "The hash of all parts but the last, which alone changes from step to step"
+    return hashlib.blake2b("".join(f"{type(part).__name__[0]}{part}\x1f" for part in parts).encode(), digest_size=8)
 
 
 def _plain(part):
@@ -147,8 +156,36 @@ def move(
     "A batch on the device; uint8 images are scaled to [0, 1] there, which moves a quarter of the bytes."
     layout = torch.channels_last if channels_last and images.ndim == 4 else torch.preserve_format
     scale = images.dtype == torch.uint8
-    images = images.to(device, torch.float32, non_blocking=True, memory_format=layout)
+    images = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
     return images.div_(255) if scale else images, masks.to(device, non_blocking=True)
+
+# %% ../nbs/00_core.ipynb #ee79f7c3
+class Carrier:
+    "Brings batches to a device: on a GPU beside its computing."
+
+    def __init__(
+        self,
+        device: torch.device,  # Where to
+        channels_last: bool = False,  # Whether images get the channels-last memory layout
+    ):
+        self.device, self.channels_last = device, channels_last
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(
+        self,
+        images: torch.Tensor,  # As for `move`
+        masks: torch.Tensor,  # As for `move`
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # As from `move`
+        "A batch on the device, fit for use in the current stream."
+        if self._stream is None:
+            return move(images, masks, self.device, self.channels_last)
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            moved = move(images, masks, self.device, self.channels_last)
+        computing.wait_stream(self._stream)
+        for tensor in moved:
+            tensor.record_stream(computing)
+        return moved
 
 # %% ../nbs/00_core.ipynb #b42aba50
 def unwrap(

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from .figures import COLORS, FONT, HALO, LEGEND_FONT, Picture, tidy
-from .scales import clear_spot, even_tick_texts, fit_ranges, fit_right, mark_texts, run_lines, tick_text
+from .scales import clear_spot, even_tick_texts, fit_range, fit_ranges, fit_right, mark_texts, run_lines, tick_text
 
 # %% ../nbs/07_curves.ipynb #c58e3999
 _FAINT, _VAL = COLORS["faint"], COLORS["val"]
@@ -208,6 +208,15 @@ class _Compared(_Canvas):
         self._grey = [ax.add_line(Line2D(*run[name], **STYLES["earlier"])) for run in runs for name, ax in home.items() if name in run]
         self.key = None
 
+    def _fit(self, lines, batch):
+        "The y ranges; a score that is not one of ours may have any values, so its axis is fitted to them"
+        loss, *scores, rate = fit_ranges(self.ranges, lines, batch, self.ratio)
+        for i, (name, old) in enumerate(zip(self.metrics, self.ranges[1:])):
+            if name not in TITLES and not name.startswith("per_class."):
+                values = np.concatenate([lines[f"{phase}.{name}"][1] for phase in ("train", "val")])
+                scores[i] = fit_range(old, values[np.isfinite(values)], math.inf)
+        return loss, *scores, rate
+
 # %% ../nbs/07_curves.ipynb #ae104dab
 class _Dressed(_Compared):
     "Everything that is not an animated artist"
@@ -256,7 +265,7 @@ class RunFigure(_Dressed):
         grey = [float(run["val.loss"][0][-1]) for run in self.earlier if len(run["val.loss"][0])]
         near = [min(until, total or until)] if until and ends and ends[0] < until < 1.6 * ends[0] else []
         self.right = fit_right(self.right if unit == self.unit else None, max([*ends, *grey, *near], default=0.0), max([total, *grey]) if total else None)
-        self.ranges = fit_ranges(self.ranges, self._with_earlier(lines), batch[1], self.ratio)
+        self.ranges = self._fit(self._with_earlier(lines), batch[1])
         epochs = len(lines["lr"][0]) > 0
         key = self.ranges, self.right, len(events), *events[-1:], len(ends), epochs, unit, self.earlier, self.ratio
         changed, self.key, self.unit = key != self.key, key, unit

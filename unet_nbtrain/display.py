@@ -146,12 +146,12 @@ class _Tabbed(_Facts):
 
     def add_tab(
         self,
-        title: str,  # Stands on the tab
-        make: Callable[[], str],  # Gives markup, whenever somebody looks; escape what is not yours with `html.escape`
+        title: str | BoxTab,  # Stands on the tab; or a tab of widgets
+        make: Callable[[], str],  # Gives markup, whenever somebody looks; escape what is not yours with `html.escape`. For widgets: paints them
     ) -> None:
         "One more tab, of your own."
-        tab = TextTab(title, make)
-        self._widgets.tabs.add(tab, tab.paint)
+        tab = TextTab(title, make) if isinstance(title, str) else title
+        self._widgets.tabs.add(tab, tab.paint if isinstance(title, str) else make)
 
     def _paint_curves(self):
         if self._with_picture or self._widgets.curves.is_waiting:

@@ -7,6 +7,7 @@ __all__ = ['Verdict', 'FiniteGuard', 'BadSteps', 'is_out_of_memory']
 
 # %% ../nbs/12_guard.ipynb #d607b170
 from collections.abc import Callable, Iterable
+from operator import is_not
 from typing import NamedTuple
 
 import torch
@@ -37,26 +38,74 @@ class Verdict(NamedTuple):
         return torch.where(self.flag > 0, torch.zeros_like(after) if isinstance(before, dict) else before, after)
 
 # %% ../nbs/12_guard.ipynb #6d156480
-class _Buffers:
-    "The model's buffers, and a copy of them from before the step"
+def _flat(
+    tensor: torch.Tensor,  # Any tensor
+) -> torch.Tensor | None:  # One-dimensional, with the same memory; `None` where that lies in pieces
+    "A tensor's memory as a row of numbers, whatever the order of its dimensions."
+    if not torch._prims_common.is_non_overlapping_and_dense_or_false(tensor):
+        return None
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+class _Joined:
+    "Tensors of one kind, and a copy of all of them in one piece: joining many small tensors is one call, copying each of them is many"
+
+    def __init__(
+        self,
+        tensors: list[torch.Tensor],  # One-dimensional, of one dtype, on one device
+    ):
+        self.tensors, self.lengths = tensors, [len(tensor) for tensor in tensors]
+        self.kept = torch.cat(tensors)
+
+    def keep(self) -> None:
+        "Copy them as they are now."
+        torch.cat(self.tensors, out=self.kept)
+
+    def put_back(
+        self,
+        verdict: Verdict | None,  # `None`: put them back in any case
+    ) -> None:
+        "Make them as they were."
+        known = verdict is None or verdict.known
+        chosen = self.kept if known else torch.where(verdict.flag > 0, self.kept, torch.cat(self.tensors))
+        torch._foreach_copy_(self.tensors, chosen.split(self.lengths))
+
+# %% ../nbs/12_guard.ipynb #053171c9
+class _Copies:
+    "The model's buffers, and a copy of them"
 
     def __init__(
         self,
         model: nn.Module,  # The model in training, perhaps wrapped
     ):
-        owners = ((module, name) for module in unwrap(model).modules() for name, buffer in module._buffers.items() if buffer is not None)
-        self._places = list({id(module._buffers[name]): (module, name) for module, name in owners}.values())
-        self._live = [module._buffers[name] for module, name in self._places]
-        self._kept = [buffer.detach().clone() for buffer in self._live]
+        owners = ((module._buffers, name) for module in unwrap(model).modules() for name, buffer in module._buffers.items() if buffer is not None)
+        self._places = list({id(buffers[name]): (buffers, name) for buffers, name in owners}.values())
+        self._look()
+
+    def _look(self):
+        "Find the buffers as they are now; those of one kind are kept together, and those that cannot be joined, each by itself"
+        self._live = [buffers[name] for buffers, name in self._places]
+        flat = [(buffer, _flat(buffer)) for buffer in self._live]
+        kinds = {(row.dtype, row.device) for _, row in flat if row is not None}
+        self._joined = [_Joined([row for _, row in flat if row is not None and (row.dtype, row.device) == kind]) for kind in kinds]
+        self._apart = [(buffer, buffer.detach().clone()) for buffer, row in flat if row is None]
+
+    def _moved(self):
+        "Whether a forward pass has assigned a new tensor to one of them"
+        return any(map(is_not, [buffers[name] for buffers, name in self._places], self._live))
 
     def keep(self) -> None:
-        "Copy the buffers, before the first forward pass of a step. One that a forward pass assigned anew is another tensor now."
-        for i, (module, name) in enumerate(self._places):
-            if module._buffers[name] is not self._live[i]:
-                self._live[i] = module._buffers[name]
-                self._kept[i] = self._live[i].detach().clone()
-        if self._live:
-            torch._foreach_copy_(self._kept, self._live)
+        "Copy the buffers, before the first forward pass of a step."
+        if self._moved():
+            return self._look()
+        for group in self._joined:
+            group.keep()
+        for buffer, kept in self._apart:
+            kept.copy_(buffer)
+
+# %% ../nbs/12_guard.ipynb #605b3bb0
+class _Buffers(_Copies):
+    "The same, put back after a bad step"
 
     def put_back(
         self,
@@ -65,16 +114,17 @@ class _Buffers:
         "Undo what the forward passes did to the buffers, if the step was bad."
         if verdict is not None and verdict.known is False:
             return
-        for (module, name), kept in zip(self._places, self._kept):
-            live = module._buffers[name]
-            if verdict is None or verdict.known:
-                live.detach().copy_(kept)
-            else:
-                live.detach().copy_(torch.where(verdict.flag > 0, kept, live))
+        fresh = [(buffers, name, old) for (buffers, name), old in zip(self._places, self._live) if buffers[name] is not old]
+        for group in self._joined:
+            group.put_back(verdict)
+        for buffer, kept in self._apart:
+            buffer.detach().copy_(kept if verdict is None else verdict.pick(kept, buffer))
+        for buffers, name, old in fresh:  # Assigned anew by the step: what was there before it is the old tensor
+            buffers[name] = old if verdict is None else verdict.pick(old, buffers[name])
 
 # %% ../nbs/12_guard.ipynb #fcf1bd52
-class FiniteGuard(_Buffers):
-    "Lets a step happen only if its losses and gradients are finite, and takes back what a bad one did to the buffers."
+class _Judge(_Buffers):
+    "Whether losses and gradients are finite"
 
     def __init__(
         self,
@@ -87,20 +137,37 @@ class FiniteGuard(_Buffers):
         device = parameters[0].device
         self._one, self._fresh = torch.ones((), device=device), torch.zeros((), device=device)
         self._view = self._fresh.numpy() if device.type == "cpu" else None
+        self._is_single = len(self._groups) == 1 and parameters[0].dtype == torch.float32
 
     def judge(
         self,
         optimizer: Optimizer,  # The one that will step
-        losses: Iterable[torch.Tensor] = (),  # The losses behind the gradients, 0-dim
+        losses: Iterable[torch.Tensor] = (),  # The losses behind the gradients, 0-dim, detached
         gradients: bool = True,  # Whether to look at the gradients; not where a scaler does, which finds its scale by infinities
     ) -> Verdict:
         "Look at all losses and gradients of a step, in one pass."
-        flag = self._fresh.zero_() if self._view is not None else torch.zeros_like(self._fresh)
-        found = [[p.grad for p in group if p.grad is not None] for group in self._groups] if gradients else []
-        for tensors in (*found, [loss.detach().float() for loss in losses]):
+        flag = self._lowered()
+        found = [[grad for p in group if (grad := p.grad) is not None] for group in self._groups] if gradients else []
+        losses = [loss if loss.dtype == torch.float32 else loss.float() for loss in losses]
+        if found and self._is_single:
+            found[0] += losses
+        else:
+            found.append(losses)
+        for tensors in found:
             if tensors:
                 torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, self._one)
         return Verdict(flag, self._known(flag, optimizer))
+
+    def _lowered(self):
+        "A flag that says nothing bad; on the CPU always the same one, which is read at once"
+        if self._view is None:
+            return torch.zeros_like(self._fresh)
+        self._view.fill(0)
+        return self._fresh
+
+# %% ../nbs/12_guard.ipynb #22a60951
+class FiniteGuard(_Judge):
+    "Lets a step happen only if its losses and gradients are finite, and takes back what a bad one did to the buffers."
 
     def _known(self, flag, optimizer):
         "The flag for Python: free on the CPU; elsewhere read only where the optimizer cannot do without"

@@ -44,8 +44,7 @@ def macro_mean(
     background: bool = False,  # Whether class 0 counts; with C = 1 the only class always counts
 ) -> torch.Tensor:  # (...) the mean over the classes that are defined, NaN where none is
     "Mean over the foreground classes that occur."
-    if scores.shape[-1] > 1 and not background:
-        scores = scores[..., 1:]
+    scores = scores[..., 1:] if scores.shape[-1] > 1 and not background else scores
     return scores[..., 0] if scores.shape[-1] == 1 else scores.nanmean(-1)
 
 # %% ../nbs/01_metrics.ipynb #e9416e65
@@ -71,8 +70,7 @@ def match_target(
     if tuple(target.shape) != (n, h, w):
         hints = {1: "; drop the channel: use target[:, 0]", n_classes: "; these look one-hot: use target.argmax(1)"}
         hint = hints.get(target.shape[1], "") if target.ndim == 4 else ""
-        raise ValueError(f"masks of shape {tuple(target.shape)} do not fit logits {tuple(logits.shape)}: "
-                         f"expected {(n, h, w)}{hint}")
+        raise ValueError(f"masks of shape {tuple(target.shape)} do not fit logits {tuple(logits.shape)}: expected {(n, h, w)}{hint}")
     return target
 
 # %% ../nbs/01_metrics.ipynb #7a549292
@@ -176,9 +174,8 @@ def segmentation_counts(
     a known class nor `ignore_index`. Raises ValueError or TypeError if the shapes or dtypes do not fit.
     """
     target = match_target(logits, target, n_classes)
-    if n_classes == 1:
-        return _binary_counts(logits.detach(), target, threshold, ignore_index)
-    return _multiclass_counts(logits.detach(), target, ignore_index)
+    logits = logits.detach()
+    return _binary_counts(logits, target, threshold, ignore_index) if n_classes == 1 else _multiclass_counts(logits, target, ignore_index)
 
 # %% ../nbs/01_metrics.ipynb #ce9c0f5c
 class PooledCounts:
@@ -276,7 +273,14 @@ class SegmentationMetrics(PooledCounts):
         target: torch.Tensor,  # (N, H, W) class indices; for n_classes=1 zeros and ones, also (N, 1, H, W)
     ) -> None:
         "Count a batch. Raises ValueError or TypeError if shapes or dtypes do not fit; values are checked by `compute`."
-        classes, pixels = segmentation_counts(logits, target, self.n_classes, self.threshold, self.ignore_index)
+        self.add_counts(*segmentation_counts(logits, target, self.n_classes, self.threshold, self.ignore_index))
+
+    def add_counts(
+        self,
+        classes: torch.Tensor,  # (N, n_classes, 3) int64, from `segmentation_counts`
+        pixels: torch.Tensor,  # (N, 3) int64
+    ) -> None:
+        "Add what was counted already."
         dice = macro_mean(dice_score(*classes.unbind(-1)), self.background)
         scored = (dice == dice).sum()  # NaN is not equal to itself
         self.add(classes=classes.sum(0), pixels=pixels.sum(0), images=scored, dice_sum=dice.nansum())
@@ -287,11 +291,10 @@ class SegmentationMetrics(PooledCounts):
         Raises ValueError if masks held values that are neither a class nor `ignore_index`.
         """
         sums = torch.cat([_wide(self._sums[name]).flatten() for name in ("classes", "pixels", "images", "dice_sum")])
-        sums, largest = sums.cpu().double(), max(self.n_classes - 1, 1)
-        if sums[-3] > 0:
-            raise ValueError(_INVALID_PIXELS.format(int(sums[-3]), self.n_classes, largest, self.ignore_index))
+        if (sums := sums.cpu().double())[-3] > 0:
+            raise ValueError(_INVALID_PIXELS.format(int(sums[-3]), self.n_classes, max(self.n_classes - 1, 1), self.ignore_index))
         return _summary(sums, self.background)
 
     def __repr__(self) -> str:
-        return (f"SegmentationMetrics(n_classes={self.n_classes}, threshold={self.threshold}, "
-                f"ignore_index={self.ignore_index}, background={self.background})")
+        shown = ("n_classes", "threshold", "ignore_index", "background")
+        return f"SegmentationMetrics({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"

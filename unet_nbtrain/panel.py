@@ -8,6 +8,7 @@ __all__ = ['TrainerPanel']
 # %% ../nbs/18_panel.ipynb #da581bac
 import logging
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,15 @@ class _Results(_Pressed):
         best = self.history.best
         samples = samples_html(self._samples, best["epoch"] if best else None, self.trainer.ignore_index)
         return {"data": [f"<h3>{phase}</h3>{report._repr_html_()}" for phase, report in self._check.reports.items()], "samples": samples}
+
+    def add_curve(
+        self,
+        name: str,  # Stands in the menu of scores
+        function: Callable[[Mapping], float],  # Takes a row of the history and gives a number
+    ) -> None:
+        "A curve of yours beside the loss: choose it in the menu `score`."
+        self._widgets.curves.own.add(name, function)
+        self._watcher.ring()
 
     def best_model(self) -> torch.nn.Module:  # On the same device, in evaluation mode
         "A copy of the model with the best weights so far, for the next cell; raises `ValueError` if there are none."

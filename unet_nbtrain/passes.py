@@ -89,11 +89,11 @@ class _Fitting(_Forward):
 
     def _rewind(self):
         "After an error within a step: back to the last boundary, so that the images of a group that was not stepped come again"
-        self._start_batch, self._images, sums = self._boundary
-        self._train_meter.load_state_dict(sums, self.device)
+        self._start_batch, self._images = self._boundary
+        self._train_meter.close(True)
         self._guard.put_back()
         self._losses.clear()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         self._at_boundary = True
 
 # %% ../nbs/16_passes.ipynb #85cdce2a
@@ -119,9 +119,9 @@ class _Learning(_Fitting):
 
     def _learn(self, images, masks, alone):
         "The gradient of one batch; returns its mean loss and its weight"
-        losses, weights = [], []
+        losses, weights, place = [], [], (self.seed, "model", self.current_epoch, self._start_batch)
         for part, (x, y) in enumerate(self._parts(images, masks)):
-            seed_step(self.device, self.seed, "model", self.current_epoch, self._start_batch, *([part] if part else []))
+            seed_step(self.device, *place, *([part] if part else ()))
             loss, weight, logits = self._forward(x, y, self._train_meter)
             if not self._looked:
                 self._look_at_outputs(loss, logits)
@@ -153,7 +153,7 @@ class _Training(_Learning):
             self._train_meter.threshold = self.threshold
         self._within_memory(self._train_batches)
         self._look_at_bad_steps()
-        if self._skipped and not self._train_meter.state_dict():
+        if self._skipped and self._train_meter.is_empty:
             raise RolledBack(f"No step of epoch {self.current_epoch + 1} had a finite loss and gradient.")
         return self._train_meter.compute()
 
@@ -162,7 +162,8 @@ class _Training(_Learning):
         group, weights = 0, 0.0
         for images, masks in self._feed(self.train_loader, "train", self.current_epoch, self._start_batch):
             if group == 0:
-                self._boundary = self._start_batch, self._images, self._train_meter.state_dict()
+                self._boundary = self._start_batch, self._images
+                self._train_meter.open()
                 self._guard.keep()
             self._at_boundary, size = False, self.accumulate_gradients
             alone = group == 0 and self.parts_per_batch == 1 and (size == 1 or self.batch + 1 == self.num_batches)

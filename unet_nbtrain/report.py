@@ -10,6 +10,7 @@ import base64
 import html
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def facts_table(
 def _plain(value):
     "A value as a few characters"
     if isinstance(value, float):
-        return short_number(value)
+        return short_number(value) if math.isfinite(value) else "–"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 # %% ../nbs/16_report.ipynb #916f1326

@@ -7,6 +7,7 @@ __all__ = ['epoch_line', 'describe_run', 'RunLog', 'configure_logging', 'is_on_c
 
 # %% ../nbs/11_run_log.ipynb #1d8c378c
 import logging
+import math
 import os
 import platform
 import sys
@@ -47,6 +48,8 @@ def describe_run(
 ) -> dict:  # Plain data for a log: numbers and texts
     "What a run was started with: counters, settings, model, data sizes, device and versions; no paths and no environment."
     told = {name: getattr(trainer, name) for name in _SETTINGS if isinstance(getattr(trainer, name, None), int | float | str)}
+    waiting = {name: getattr(getattr(trainer, "early_stopping", None), name, None) for name in ("monitor", "patience", "min_delta")}
+    told |= {name: value for name, value in waiting.items() if value not in (None, math.inf)}
     parts = {name: getattr(trainer, name, None) for name in ("model", "criterion", "optimizer", "scheduler")}
     told |= {name: type(part).__name__ for name, part in parts.items() if part is not None}
     if isinstance(parts["model"], torch.nn.Module):

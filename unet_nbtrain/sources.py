@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch.utils import data
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data.distributed import DistributedSampler
 
 from .core import derive_seed
+from .direct import DirectReader, as_it_is
 from .samples import BatchReader, LostSample, Parcel, Randomness, require_portable
 from .sampling import ResumableBatchSampler, start_worker
 
@@ -42,7 +42,7 @@ class WorkersDied(RuntimeError):
     "A worker process ended before its work was done; the message says how."
 
 
-_KNOWN = {data.RandomSampler, data.SequentialSampler, data.SubsetRandomSampler, data.WeightedRandomSampler, data.BatchSampler, DistributedSampler, list, tuple, range}
+_KNOWN = {data.RandomSampler, data.SequentialSampler, data.SubsetRandomSampler, data.WeightedRandomSampler, data.BatchSampler, data.DistributedSampler, list, tuple, range}
 
 
 def _promise(samplers):
@@ -175,7 +175,8 @@ class _Indexed(_Source):
         reader, context = BatchReader(loader.dataset, loader.collate_fn, seed, self.single), loader.multiprocessing_context
         if loader.num_workers:
             require_portable(reader, context and context.get_start_method())
-        self.loader = _private_copy(loader, seed, dataset=reader, batch_sampler=self, collate_fn=_as_it_is, persistent_workers=loader.persistent_workers)
+        parts = dict(dataset=reader, batch_sampler=self, collate_fn=as_it_is, persistent_workers=loader.persistent_workers)
+        self.loader = _private_copy(loader, seed, **parts) if loader.num_workers else DirectReader(reader, self, loader.pin_memory)
 
     def begin(self, epoch, start):
         self.epoch, self.start, self.sent = epoch, start, {}
@@ -218,10 +219,6 @@ class _ByIndex(_Indexed):
                 return
 
 
-def _as_it_is(parcel):
-    return parcel
-
-
 def _announced(loader, listeners, epoch):
     "An iterator over a loader or sampler whose parts know the epoch"
     for listener in listeners:
@@ -250,10 +247,8 @@ class _Replayed(_Source):
         more = f", and the number of workers stays {loader.num_workers}" if getattr(loader, "num_workers", 0) else ""
         again = "A resume reads the epoch again from its first batch and drops what was done. It is exact if the loader gives the same batches again"
         self.guarantee = Guarantee("replay", f"{again}, with all randomness from torch, numpy or random{more}.")
-        self.loader = loader
-        if _is_plain(loader):
-            parts = dict(batch_size=loader.batch_size, drop_last=loader.drop_last, collate_fn=loader.collate_fn)
-            self.loader = _private_copy(loader, seed, dataset=loader.dataset, **parts)
+        as_is = ("dataset", "batch_size", "drop_last", "collate_fn")
+        self.loader = _private_copy(loader, seed, **{name: getattr(loader, name) for name in as_is}) if _is_plain(loader) else loader
         self._listeners = [self.loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), self.dataset]
         self._randomness = Randomness(*self._listeners)
 
@@ -296,5 +291,6 @@ def source_of(
     loader: Iterable,  # Any loader; it is left as it is
     seed: int,  # The run's seed
 ) -> _Source:  # With `begin(epoch, start)`, `next()`, `rest()`, `end(kill)`, `close()`, `guarantee`, and `sent` (the indices of recent batches)
-    "The source that fits a loader: by index for a `DataLoader` over a data set with indices, else by replay."
+    "The source that fits a loader: by index for a list of batches and for a `DataLoader` over a data set with indices, else by replay."
+    loader = DataLoader(loader, batch_size=None, collate_fn=as_it_is) if type(loader) in (list, tuple) else loader
     return (_ByIndex if _is_plain(loader) and not isinstance(loader.dataset, IterableDataset) else _Replayed)(loader, seed)

@@ -80,7 +80,7 @@ class _GoingBack(_Epochs):
     "What becomes of a run whose numbers are bad"
 
     def _require_finite(self, loss):
-        if self._train_meter.loss.weight is not None and self._train_meter.loss.weight == 0:
+        if self._train_meter.loss.weight == 0:
             raise ValueError("No pixel of the training masks counts: each is ignored, or its class has the weight 0. Look at describe_masks(train_loader).")
         if not math.isfinite(loss):
             raise FloatingPointError(
