@@ -39,7 +39,7 @@ def reloaded(lab):
     assert epochs(lab) >= before, (epochs(lab), before)
     for text, badges in (("Pause", ("paused",)), ("Resume", ("training", "validating"))):
         lab.button(text).click()
-        lab.until(lambda: lab.badge() in badges, f"badge {badges}")
+        lab.until(lambda badges=badges: lab.badge() in badges, f"badge {badges}")
     return connected - began, back - connected, back - began
 
 
