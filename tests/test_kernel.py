@@ -1,11 +1,14 @@
 """The panel in a real kernel, driven over its comms as a front end does, without a browser."""
 import os
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 
-from comms import BUSY, BUSY_SECONDS, Kernel, open_panel
+from comms import BUSY, BUSY_SECONDS, Kernel, open_panel, whole_flow
 
 
 @pytest.fixture
@@ -113,6 +116,32 @@ def test_interrupt_of_a_blocking_training_is_a_stop(kernel, tmp_path):
     assert steps > 0 and kernel.run("torch.load(panel.trainer.checkpoint_dir / 'last.pth')['global_step']") == str(steps)
 
 
+def test_the_oldest_versions(tmp_path):
+    """All that a person does, in ipykernel 6.29 with ipywidgets 7.7.1; `python -m benchmarks.panel_versions` does it in eight pairs"""
+    packages = tmp_path / "packages"
+    wanted = ["ipykernel==6.29.5", "ipywidgets==7.7.1", "ipython_genutils"]
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--target", str(packages)]
+    if subprocess.run([*pip, *wanted]).returncode:
+        pytest.skip("pip cannot fetch these versions")
+    kernel = Kernel(tmp_path, [packages])
+    try:
+        assert kernel.run("__import__('ipykernel').__version__, __import__('ipywidgets').__version__") == "('6.29.5', '7.7.1')"
+        assert "pause, busy" not in whole_flow(kernel, tmp_path)
+    finally:
+        kernel.close()
+        shutil.rmtree(packages, ignore_errors=True)
+
+
+def test_last_words_of_a_kernel(kernel, tmp_path):
+    """A kernel that is shut down in an orderly way says so in the panel, and its buttons are dead"""
+    open_panel(kernel, tmp_path)
+    kernel.click("Start")
+    kernel.until(lambda: ">training<" in kernel.markup(), "badge 'training'")
+    kernel.manager.request_shutdown()
+    kernel.until(lambda: "The kernel has ended" in kernel.markup(), "last words")
+    kernel.until(lambda: all(s["disabled"] for s in kernel.models.values() if s.get("tooltip") == "The kernel has ended."), "dead buttons")
+
+
 UPDATES = """
 import gc, torch
 from unet_nbtrain import TrainerPanel, UNet, demo_dataloaders
@@ -125,10 +154,13 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 1e6
 
+panel.show()
+panel._pump.close(); panel._pump.thread.join()
+
 def paint(count):
     for i in range(count):
         panel._watcher.trace.add(0.001 * (i % 900), torch.tensor(0.5 + 0.1 * (i % 7)))
-        panel._paint(True)
+        panel._paint(i % 2 == 0)
 
 panel._watcher.trace.limit = 200
 paint({warm})
@@ -140,9 +172,12 @@ grown, picture = resident() - before, len(panel._widgets.picture.value)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
 def test_updates_do_not_pile_up(kernel, tmp_path):
-    """5,000 updates with PANEL_UPDATES=5000; CI does fewer. One picture stays below 60 kB"""
+    """5,000 updates with PANEL_UPDATES=5000; CI does fewer. One picture stays below 60 kB, an update is one message"""
     count = int(os.environ.get("PANEL_UPDATES", "150"))
     kernel.run(UPDATES.format(run=str(tmp_path / "run"), warm=max(60, count // 10), count=count), timeout=1200)
+    kernel.drain(2)
+    painted = count + max(60, count // 10)
+    assert min(painted, 500) / 4 < kernel.updates <= 1.1 * painted + 60, kernel.updates  # The first painting fills everything
     assert float(kernel.run("grown")) < 5
     assert int(kernel.run("picture")) < 60_000
     assert kernel.run("'matplotlib.pyplot' in __import__('sys').modules and __import__('matplotlib.pyplot').pyplot.get_fignums()") in ("False", "[]")

@@ -244,7 +244,7 @@ _FRAME = """
 .unt-badge{color:#fff;border-radius:10px;padding:1px 11px;font-weight:600;font-size:12px;letter-spacing:.02em;white-space:nowrap}
 .unt-soft{color:var(--jp-ui-font-color2,#57606a)} .unt-right{margin-left:auto;white-space:nowrap}
 .unt-buttons{padding:9px 12px 3px} .unt-buttons button{font-weight:600;border-radius:5px}
-.unt-panel :focus-visible{outline:3px solid #0072B2!important;outline-offset:1px}
+.unt-panel.unt-panel :focus-visible{outline:3px solid #0072B2!important;outline-offset:1px}
 .unt-panel button .fa::before{speak:never}
 .unt-bars{display:grid;grid-template-columns:52px minmax(120px,1fr) minmax(190px,auto);gap:5px 10px;align-items:center;padding:10px 14px 2px}
 .unt-bar{display:block;height:9px;border-radius:5px;background:var(--jp-border-color2,#e4e8ec);overflow:hidden}
