@@ -44,14 +44,14 @@ failing.start()""",
 
 
 def save_small(data, path):
-    """The screenshot as a PNG in as many colours as fit into the limit; one with photographs as JPEG."""
+    """The screenshot as a PNG in as many colours as fit into the limit; one with photographs as WebP."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    tries = [(".png", {"colors": 256}), (".png", {"colors": 128}), *((".jpg", {"quality": quality}) for quality in (85, 75, 60, 45, 30, 20))]
+    tries = [(".png", {"colors": 256}), (".png", {"colors": 128}), *((".webp", {"quality": quality}) for quality in (85, 75, 65, 55))]
     for suffix, options in tries:
         found = suffix, _encoded(image, **options)
         if len(found[1]) <= MOST_BYTES:
             break
-    for old in (".png", ".jpg"):
+    for old in (".png", ".jpg", ".webp"):
         path.with_suffix(old).unlink(missing_ok=True)
     path.with_suffix(found[0]).write_bytes(found[1])
 
@@ -61,7 +61,7 @@ def _encoded(image, colors=None, quality=None):
     if colors:
         image.quantize(colors, dither=Image.Dither.NONE).save(out, "png", optimize=True)
     else:
-        image.save(out, "jpeg", quality=quality)
+        image.save(out, "webp", quality=quality, method=6)
     return out.getvalue()
 
 
@@ -104,7 +104,7 @@ def tour(session):
     field = session.panel(0).get_by_label("learning rate")
     field.fill("3e-4")
     field.press("Enter")
-    session.until("at step")
+    session.until("after step")
     patience = session.panel(0).get_by_label("patience")
     patience.fill("soon")
     patience.press("Enter")
@@ -116,7 +116,7 @@ def tour(session):
     session.panel(0).get_by_label("behind").select_option("monday")
     session.shot("2_training")
     session.press("Pause")
-    session.until("Paused at step")
+    session.until("Paused after step")
     session.shot("3_paused")
     session.tab("Predictions")
     session.shot("4_predictions")

@@ -1,16 +1,20 @@
-"""A real JupyterLab on loopback, and Chromium looking at it."""
+"""A real JupyterLab on loopback, which serves Notebook 7 as well, and Chromium looking at them."""
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+import nbformat
 
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -38,9 +42,13 @@ def chromium():
 
 
 class Server:
-    """JupyterLab with a home of its own, so that nobody's settings change the test."""
+    """JupyterLab with a home of its own, so that nobody's settings change the test.
+
+    Where the package `notebook` is installed, the same server has Notebook 7 at `/notebooks/`.
+    """
 
     def __init__(self, root, home, dark=False):
+        self.root = Path(root)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -55,11 +63,24 @@ class Server:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(settings))
         options = [f"--port={self.port}", f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={root}"]
-        options += ["--no-browser", "--ip=127.0.0.1", "--ServerApp.port_retries=0", "--allow-root", "--LabApp.expose_app_in_browser=True"]
+        options += ["--no-browser", "--ip=127.0.0.1", "--ServerApp.port_retries=0", "--allow-root"]
+        options += ["--LabApp.expose_app_in_browser=True", "--JupyterNotebookApp.expose_app_in_browser=True"]
         self.log = Path(home) / "server.log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log, cwd=root)
         self._wait_until_it_answers()
+
+    def address(self, name, app="lab"):
+        """Where a page of this server is; `app` is `lab` or `notebook`"""
+        place = {"lab": "lab/tree/", "notebook": "notebooks/"}[app]
+        return f"http://127.0.0.1:{self.port}/{place}{name}?token={self.token}" + ("&reset" if app == "lab" else "")
+
+    def write(self, name, cells):
+        """A notebook of these code cells, in the server's folder"""
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells], metadata=kernel)
+        nbformat.write(book, self.root / name)
+        return self.root / name
 
     def api(self, path, method="GET"):
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method=method)
@@ -101,30 +122,67 @@ RUN_CELL = """async ([index, wait]) => {
 }"""
 
 
-class Lab:
-    """One browser page on one notebook."""
+# Notes each click on a button of a panel, and each new badge when it has been painted, in milliseconds of the page's own clock.
+PROBE = """() => {
+  window.untSeen = []; window.untClicked = [];
+  document.addEventListener('click', event => { if (event.target.closest('.unt-panel button')) window.untClicked.push(event.timeStamp); }, true);
+  const look = () => {
+    const badge = document.querySelector('.unt-panel .unt-badge')?.textContent, last = window.untSeen.at(-1)?.[0];
+    if (badge !== undefined && badge !== last) {
+      const seen = [badge, null]; window.untSeen.push(seen);
+      requestAnimationFrame(() => setTimeout(() => { seen[1] = performance.now(); }));
+    }
+  };
+  new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true});
+  look();
+}"""
 
-    def __init__(self, playwright, server, dark=False, scale=2):
-        self.server = server
-        self.browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=CHROMIUM_FLAGS)
-        scheme = "dark" if dark else "light"
-        self.page = self.browser.new_context(
-            viewport={"width": 1320, "height": 1000}, device_scale_factor=scale, color_scheme=scheme
-        ).new_page()
 
-    def open(self, name):
-        self.page.goto(f"http://127.0.0.1:{self.server.port}/lab/tree/{name}?token={self.server.token}&reset")
+class Page:
+    """One page of a browser; it counts what the kernel sends, and keeps the dialogs and errors of scripts"""
+
+    def __init__(self, server, context):
+        self.server, self.page = server, context.new_page()
+        self.messages = self.bytes = 0
+        self.dialogs, self.errors = [], []
+        self.page.on("websocket", lambda socket: socket.on("framereceived", self._count) if "/api/kernels/" in socket.url else None)
+        self.page.on("dialog", self._answer)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _answer(self, dialog):
+        if dialog.type != "beforeunload":  # JupyterLab asks so itself when something is not saved
+            self.dialogs.append(dialog.message)
+        dialog.accept()
+
+    def _count(self, frame):
+        self.messages += 1
+        self.bytes += len(frame)
+
+    def open(self, name, app="lab"):
+        self.page.goto(self.server.address(name, app))
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
         self.wait_until_ready()
 
     def wait_until_ready(self):
         self.page.wait_for_function(READY, timeout=90_000)
 
+    def command(self, name, **arguments):
+        """Run a command of JupyterLab and wait for its end"""
+        self.page.evaluate("async ([name, arguments]) => { await jupyterapp.commands.execute(name, arguments) }", [name, arguments])
+
+    def save(self):
+        self.command("docmanager:save")
+
     def reload(self):
-        self.page.evaluate("async () => { await jupyterapp.commands.execute('docmanager:save') }")
+        self.save()
         self.page.reload()
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
         self.wait_until_ready()
+
+    def dark(self, on=True):
+        """Change the theme of JupyterLab"""
+        self.command("apputils:change-theme", theme=f"JupyterLab {'Dark' if on else 'Light'}")
+        self.page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg=str(not on).lower())
 
     def run_cell(self, index, wait=True):
         self.page.evaluate(RUN_CELL, [index, wait])
@@ -132,15 +190,24 @@ class Lab:
     def cell(self, index):
         return self.page.locator(".jp-Notebook .jp-Cell").nth(index)
 
+    def output(self, index):
+        """What a cell prints when it is run"""
+        self.run_cell(index)
+        return self.cell(index).locator(".jp-OutputArea-output").last.inner_text()
+
     def panel(self):
         return self.page.locator(".unt-panel").first
 
     def button(self, text):
         """By its text: the glyph of the icon is part of the accessible name"""
-        return self.panel().locator("button.widget-button", has_text=text)
+        return self.panel().locator("button.widget-button", has_text=re.compile(rf"^\s*{text}\s*$"))
 
     def badge(self):
         return self.panel().locator(".unt-badge").inner_text()
+
+    def tab(self, title):
+        """Look at a tab of the panel"""
+        self.panel().locator(".lm-TabBar-tab", has_text=re.compile(rf"^{title}$")).click()
 
     def picture(self):
         """The address of the curves' picture; it changes with each new picture"""
@@ -153,7 +220,57 @@ class Lab:
             if condition():
                 return time.monotonic() - began
             self.page.wait_for_timeout(20)
-        raise AssertionError(f"no {what} within {seconds} s; the panel says: {self.panel().inner_text()!r}")
+        said = [panel.inner_text() for panel in self.page.locator(".unt-panel").all()]
+        raise AssertionError(f"no {what} within {seconds} s; the panels say: {said!r}")
+
+    def heap(self):
+        """Megabytes of living JavaScript objects, after the collection of garbage"""
+        session = self.page.context.new_cdp_session(self.page)
+        for _ in range(3):
+            session.send("HeapProfiler.collectGarbage")
+        session.send("Performance.enable")
+        metrics = {entry["name"]: entry["value"] for entry in session.send("Performance.getMetrics")["metrics"]}
+        session.detach()
+        return metrics["JSHeapUsedSize"] / 1e6
+
+
+def npm_file(package, inside):
+    """The text of a file in an npm package, fetched into a temporary folder; None where npm cannot fetch it"""
+    if shutil.which("npm") is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, capture_output=True, timeout=60, check=True)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+            return None
+        shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
+        return (Path(folder) / "package" / inside).read_text(encoding="utf-8")
+
+
+AXE = """async () => (await axe.run('.unt-panel', {resultTypes: ['violations']})).violations
+  .flatMap(rule => rule.nodes.map(node => [rule.impact, rule.id, node.html.slice(0, 200), node.failureSummary]))"""
+
+
+def faults(page):
+    """What axe-core finds in the panels of a page, whose script has been put there: impact, rule, markup, and how to mend it
+
+    The handle of a slider is made by ipywidgets, and nothing that a kernel can say gives it a name.
+    """
+    return [fault for fault in page.evaluate(AXE) if "noUi-handle" not in fault[2]]
+
+
+class Lab(Page):
+    """A browser with one page"""
+
+    def __init__(self, playwright, server, dark=False, scale=2):
+        self.browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=CHROMIUM_FLAGS)
+        scheme = "dark" if dark else "light"
+        self.context = self.browser.new_context(viewport={"width": 1320, "height": 1000}, device_scale_factor=scale, color_scheme=scheme)
+        super().__init__(server, self.context)
+
+    def another(self):
+        """One more page of the same browser"""
+        return Page(self.server, self.context)
 
     def close(self):
         self.browser.close()

@@ -1,89 +1,14 @@
 """The panel in a real kernel, driven over its comms as a front end does, without a browser."""
 import os
-import queue
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
-from jupyter_client.manager import start_new_kernel
 
-SETUP = """
-import logging, threading, time, torch
-from unet_nbtrain import TrainerPanel, UNet, demo_dataloaders
-torch.set_num_threads(1)
-loaders = demo_dataloaders(n_train=24, n_val=4, size=64, batch_size=2, num_workers={workers})
-panel = TrainerPanel(UNet(3, 1, width=8, depth=2), loaders, num_epochs=500, device="cpu", run_dir={run!r})
-panel.show()
-"""
-
-
-BUSY_SECONDS = 60  # Only a click that is not heard takes so long
-
-
-class Kernel:
-    """A kernel, and what its comms have told so far"""
-
-    def __init__(self, cwd):
-        self.manager, self.client = start_new_kernel(cwd=str(cwd))
-        self.models, self.displays = {}, []
-
-    def close(self):
-        self.client.stop_channels()
-        self.manager.shutdown_kernel(now=True)
-
-    def _hear(self, message):
-        content, kind = message["content"], message["msg_type"]
-        if kind == "comm_open":
-            self.models[content["comm_id"]] = dict(content["data"].get("state", {}))
-        elif kind == "comm_msg" and content["data"].get("method") == "update":
-            self.models.setdefault(content["comm_id"], {}).update(content["data"]["state"])
-        elif kind in ("display_data", "update_display_data"):
-            self.displays.append((kind, content["data"]))
-
-    def drain(self, seconds=0.05):
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            try:
-                self._hear(self.client.get_iopub_msg(timeout=left))
-            except queue.Empty:
-                return
-
-    def send(self, code):
-        """Run a cell and don't wait; when it fails, the kernel does not throw away what is sent next"""
-        return self.client.execute(code, user_expressions={}, stop_on_error=False)
-
-    def run(self, code, timeout=60):
-        """Run a cell to its end; the text of its last expression"""
-        identity = self.client.execute(f"_ = eval({code!r})" if "\n" not in code else code, user_expressions={"it": "_"})
-        while True:
-            reply = self.client.get_shell_msg(timeout=timeout)
-            if reply["parent_header"].get("msg_id") == identity:
-                break
-        self.drain()
-        assert reply["content"]["status"] == "ok", reply["content"].get("traceback")
-        return reply["content"]["user_expressions"]["it"].get("data", {}).get("text/plain")
-
-    def button(self, text):
-        return next((i for i, s in self.models.items() if s.get("_model_name") == "ButtonModel" and s.get("description") == text), None)
-
-    def click(self, text, subshell=None):
-        self.until(lambda: self.button(text), f"a button {text}")
-        data = {"comm_id": self.button(text), "data": {"method": "custom", "content": {"event": "click"}}}
-        message = self.client.session.msg("comm_msg", data)
-        if subshell:
-            message["header"]["subshell_id"] = subshell
-        self.client.shell_channel.send(message)
-
-    def markup(self):
-        return "".join(str(state.get("value", "")) for state in self.models.values() if state.get("_model_name") == "HTMLModel")
-
-    def until(self, condition, what, seconds=20):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if condition():
-                return
-            self.drain()
-        raise AssertionError(f"no {what} within {seconds} s; the panel says: {self.markup()[-1500:]}")
+from comms import BUSY, BUSY_SECONDS, Kernel, open_panel, whole_flow
 
 
 @pytest.fixture
@@ -91,10 +16,6 @@ def kernel(tmp_path):
     kernel = Kernel(tmp_path)
     yield kernel
     kernel.close()
-
-
-def open_panel(kernel, tmp_path, workers=0):
-    kernel.run(SETUP.format(workers=workers, run=str(tmp_path / "run")))
 
 
 def test_buttons_steer_a_training(kernel, tmp_path):
@@ -151,23 +72,14 @@ def test_click_works_while_a_cell_is_busy(kernel, tmp_path):
     The cell computes until the training has paused, so the order of events is tested and not the speed of the machine.
     """
     open_panel(kernel, tmp_path)
-    request = kernel.client.session.msg("create_subshell_request", {})
-    kernel.client.control_channel.send(request)
-    subshell = kernel.client.get_control_msg(timeout=10)["content"]["subshell_id"]
+    subshell = kernel.new_subshell()
     kernel.click("Start", subshell)
     kernel.until(lambda: kernel.button("Pause"), "Pause button")
     kernel.until(lambda: ">training<" in kernel.markup(), "badge 'training'")
-    busy = f"""
-end = time.time() + {BUSY_SECONDS}
-while time.time() < end and panel.trainer.run.state != "paused":
-    sum(range(1000))
-paused_meanwhile, step = panel.trainer.run.state == "paused", panel.trainer.global_step
-"""
-    identity = kernel.send(busy)
+    identity = kernel.send(BUSY)
     time.sleep(0.5)
     kernel.click("Pause", subshell)
-    while kernel.client.get_shell_msg(timeout=BUSY_SECONDS + 30)["parent_header"].get("msg_id") != identity:
-        pass
+    kernel.wait_for(identity, BUSY_SECONDS + 30)
     assert kernel.run("paused_meanwhile") == "True", "the click was handled only after the cell"
     kernel.until(lambda: ">paused<" in kernel.markup(), "badge 'paused'")
     assert kernel.run("panel.trainer.global_step - step") == "0"
@@ -204,6 +116,32 @@ def test_interrupt_of_a_blocking_training_is_a_stop(kernel, tmp_path):
     assert steps > 0 and kernel.run("torch.load(panel.trainer.checkpoint_dir / 'last.pth')['global_step']") == str(steps)
 
 
+def test_the_oldest_versions(tmp_path):
+    """All that a person does, in ipykernel 6.29 with ipywidgets 7.7.1; `python -m benchmarks.panel_versions` does it in eight pairs"""
+    packages = tmp_path / "packages"
+    wanted = ["ipykernel==6.29.5", "ipywidgets==7.7.1", "ipython_genutils"]
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--target", str(packages)]
+    if subprocess.run([*pip, *wanted]).returncode:
+        pytest.skip("pip cannot fetch these versions")
+    kernel = Kernel(tmp_path, [packages])
+    try:
+        assert kernel.run("__import__('ipykernel').__version__, __import__('ipywidgets').__version__") == "('6.29.5', '7.7.1')"
+        assert "pause, busy" not in whole_flow(kernel, tmp_path)
+    finally:
+        kernel.close()
+        shutil.rmtree(packages, ignore_errors=True)
+
+
+def test_last_words_of_a_kernel(kernel, tmp_path):
+    """A kernel that is shut down in an orderly way says so in the panel, and its buttons are dead"""
+    open_panel(kernel, tmp_path)
+    kernel.click("Start")
+    kernel.until(lambda: ">training<" in kernel.markup(), "badge 'training'")
+    kernel.manager.request_shutdown()
+    kernel.until(lambda: "The kernel has ended" in kernel.markup(), "last words")
+    kernel.until(lambda: all(s["disabled"] for s in kernel.models.values() if s.get("tooltip") == "The kernel has ended."), "dead buttons")
+
+
 UPDATES = """
 import gc, torch
 from unet_nbtrain import TrainerPanel, UNet, demo_dataloaders
@@ -216,10 +154,13 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 1e6
 
+panel.show()
+panel._pump.close(); panel._pump.thread.join()
+
 def paint(count):
     for i in range(count):
         panel._watcher.trace.add(0.001 * (i % 900), torch.tensor(0.5 + 0.1 * (i % 7)))
-        panel._paint(True)
+        panel._paint(i % 2 == 0)
 
 panel._watcher.trace.limit = 200
 paint({warm})
@@ -231,9 +172,12 @@ grown, picture = resident() - before, len(panel._widgets.picture.value)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
 def test_updates_do_not_pile_up(kernel, tmp_path):
-    """5,000 updates with PANEL_UPDATES=5000; CI does fewer. One picture stays below 60 kB"""
+    """5,000 updates with PANEL_UPDATES=5000; CI does fewer. One picture stays below 60 kB, an update is one message"""
     count = int(os.environ.get("PANEL_UPDATES", "150"))
     kernel.run(UPDATES.format(run=str(tmp_path / "run"), warm=max(60, count // 10), count=count), timeout=1200)
+    kernel.drain(2)
+    painted = count + max(60, count // 10)
+    assert min(painted, 500) / 4 < kernel.updates <= 1.1 * painted + 60, kernel.updates  # The first painting fills everything
     assert float(kernel.run("grown")) < 5
     assert int(kernel.run("picture")) < 60_000
     assert kernel.run("'matplotlib.pyplot' in __import__('sys').modules and __import__('matplotlib.pyplot').pyplot.get_fignums()") in ("False", "[]")

@@ -86,7 +86,7 @@ def _train(arguments, planned, keep):
 
 def _remove_run(folder):
     "Take away what a run wrote"
-    for name in ("arguments.json", "curves.png", "history.json", "history.csv", "log.jsonl", "report.html"):
+    for name in ("arguments.json", "curves.png", "history.json", "history.csv", "log.jsonl", "report.html", "report_parts.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -24,7 +24,8 @@ class Command:
     """One request to a run, and what became of it.
 
     `ok` is `None` while it waits in the queue, `True` once it took effect, `False` if it was refused;
-    `step` is the optimizer step after which that happened, `message` says why it was refused or what was done.
+    `step` is the optimizer step after which that happened, `message` says why it was refused or what was done,
+    and `seconds` is how long the answer took, or has been waited for.
     """
 
     def __init__(
@@ -35,6 +36,13 @@ class Command:
         self.name, self.args = name, args
         self.ok, self.step, self.message = None, None, ""
         self._settled = threading.Event()
+        self._asked = time.monotonic()
+        self._answered = None
+
+    @property
+    def seconds(self) -> float:
+        "From the request to its answer; to this moment while there is none."
+        return (self._answered or time.monotonic()) - self._asked
 
     @property
     def done(self) -> bool:
@@ -57,7 +65,7 @@ class Command:
     ) -> None:
         "The run's answer; the first one counts."
         if not self.done:
-            self.ok, self.step, self.message = ok, step, message
+            self.ok, self.step, self.message, self._answered = ok, step, message, time.monotonic()
             self._settled.set()
 
     def __repr__(self):

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from .figures import COLORS, FONT, HALO, LEGEND_FONT, Picture, tidy
-from .scales import clear_spot, even_tick_texts, fit_ranges, fit_right, mark_texts, run_lines, tick_text
+from .scales import clear_spot, even_tick_texts, fit_range, fit_ranges, fit_right, mark_texts, run_lines, tick_text
 
 # %% ../nbs/07_curves.ipynb #c58e3999
 _FAINT, _VAL = COLORS["faint"], COLORS["val"]
@@ -131,20 +131,19 @@ class _Canvas:
         home = {"loss": self.axes[0], **dict(zip(metrics, self.axes[1:])), "lr": self.axes[-1], "batch": self.axes[0]}
         names = ["batch", *(f"{kind}.{name}" for kind in ("train", "val", "best") for name in ("loss", *metrics)), "lr"]
         self.lines = {name: home[name.split(".", 1)[-1]].add_line(Line2D([], [], **STYLES[name.split(".")[0]], animated=animated)) for name in names}
-        band = {"transform": self.axes[0].get_xaxis_transform(), "facecolor": _VAL, "edgecolor": "none", "linewidth": 0, "alpha": 0.07, "zorder": 1}
-        self.band = self.axes[0].add_patch(Rectangle((0, 0), 0, 1, animated=animated, **band))
+        band = {"transform": self.axes[0].get_xaxis_transform(), "facecolor": _VAL, "edgecolor": "none", "linewidth": 0, "zorder": 1}
+        self.window, self.band = (self.axes[0].add_patch(Rectangle((0, 0), 0, 1, animated=animated, alpha=alpha, **band)) for alpha in (0.05, 0.07))
         pointer = {"arrowstyle": "-", "color": _VAL, "linewidth": 0.8, "shrinkA": 4, "shrinkB": 7}
         label = {"color": _VAL, "fontsize": 8.5, "ha": "center", "va": "center", "path_effects": HALO, "zorder": 8, "animated": animated, **FONT}
         self.labels = {name: home[name].annotate("", (0, 0), (0.5, 0.5), textcoords="axes fraction", arrowprops=pointer, **label) for name in ("loss", *metrics)}
-        hint = {"ha": "center", "va": "center", "color": COLORS["hint"], "fontsize": 9.5, **FONT}
-        self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, **hint) for ax in self.axes]
+        self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=COLORS["hint"], fontsize=9.5, **FONT) for ax in self.axes]
         told = {"train": "train", "val": "validation"} | ({"batch": "each batch"} if batches else {})
         self.axes[0].legend(
             handles=[Line2D([], [], **STYLES[kind], label=label) for kind, label in told.items()], loc="lower right", bbox_to_anchor=(1, 0.995), ncols=3, frameon=False, prop={**LEGEND_FONT, "size": 8.5}, labelcolor=_FAINT,
             handlelength=1.4, handleheight=0.7, handletextpad=0.4, columnspacing=0.9, borderpad=0.2, borderaxespad=0.1, labelspacing=0.5, numpoints=1, markerscale=1)
 
-    def _name_best(self, now):
-        "The labels of the stars, and the band from the best epoch to now; returns what the labels say, and where"
+    def _name_best(self, now, until):
+        "The labels of the stars, and the bands from the best epoch to now and to the end of the waiting; returns what the labels say, and where"
         for name, label in self.labels.items():
             star = self.lines[f"best.{name}"]
             label.set_visible(len(star.get_xdata()) > 0)
@@ -154,8 +153,9 @@ class _Canvas:
                 place = (star.axes.transData - star.axes.transAxes).transform
                 lines = [line.get_xydata() for key, line in self.lines.items() if line.axes is star.axes and not key.startswith("best")]
                 label.set_position(clear_spot(place(label.xy), place(np.concatenate(lines)), name == "loss", label.get_position()))
-        best = self.lines["best.loss"].get_xdata()
-        self.band.set_bounds(best[0] if len(best) else 0, 0, now - best[0] if len(best) else 0, 1)
+        best = next(iter(self.lines["best.loss"].get_xdata()), None)
+        for band, end in ((self.band, now), (self.window, until)):
+            band.set_bounds(best or 0, 0, 0 if best is None or end is None else max(end - best, 0), 1)
         return [(label.get_visible(), label.get_text(), label.xy, label.get_position()) for label in self.labels.values()]
 
 # %% ../nbs/07_curves.ipynb #ebe0e699
@@ -208,6 +208,15 @@ class _Compared(_Canvas):
         self._grey = [ax.add_line(Line2D(*run[name], **STYLES["earlier"])) for run in runs for name, ax in home.items() if name in run]
         self.key = None
 
+    def _fit(self, lines, batch):
+        "The y ranges; a score that is not one of ours may have any values, so its axis is fitted to them"
+        loss, *scores, rate = fit_ranges(self.ranges, lines, batch, self.ratio)
+        for i, (name, old) in enumerate(zip(self.metrics, self.ranges[1:])):
+            if name not in TITLES and not name.startswith("per_class."):
+                values = np.concatenate([lines[f"{phase}.{name}"][1] for phase in ("train", "val")])
+                scores[i] = fit_range(old, values[np.isfinite(values)], math.inf)
+        return loss, *scores, rate
+
 # %% ../nbs/07_curves.ipynb #ae104dab
 class _Dressed(_Compared):
     "Everything that is not an animated artist"
@@ -246,6 +255,7 @@ class RunFigure(_Dressed):
         events: Sequence[dict],  # The marks of the run
         total: float | None = None,  # Where the x axis ends at the latest
         unit: str = "epoch",  # What x is counted in
+        until: float | None = None,  # Where early stopping would end the run, if nothing gets better
     ) -> tuple[bool, bool]:  # Whether the background has changed, and whether the labels have
         "Show these data."
         for name, (x, y) in {**lines, "batch": batch}.items():
@@ -253,12 +263,13 @@ class RunFigure(_Dressed):
             self.lines[name].set_markevery(max(1, math.ceil(len(x) / 24)))
         ends = [float(x[-1]) for x in (lines["train.loss"][0], batch[0]) if len(x)]
         grey = [float(run["val.loss"][0][-1]) for run in self.earlier if len(run["val.loss"][0])]
-        self.right = fit_right(self.right if unit == self.unit else None, max([*ends, *grey], default=0.0), max([total, *grey]) if total else None)
-        self.ranges = fit_ranges(self.ranges, self._with_earlier(lines), batch[1], self.ratio)
+        near = [min(until, total or until)] if until and ends and ends[0] < until < 1.6 * ends[0] else []
+        self.right = fit_right(self.right if unit == self.unit else None, max([*ends, *grey, *near], default=0.0), max([total, *grey]) if total else None)
+        self.ranges = self._fit(self._with_earlier(lines), batch[1])
         epochs = len(lines["lr"][0]) > 0
         key = self.ranges, self.right, len(events), *events[-1:], len(ends), epochs, unit, self.earlier, self.ratio
         changed, self.key, self.unit = key != self.key, key, unit
         if changed:
             self._redress(events, bool(ends), epochs)
-        named, self.named = self.named, self._name_best(ends[0] if ends else 0.0)
+        named, self.named = self.named, self._name_best(ends[0] if ends else 0.0, until)
         return changed, changed or named != self.named

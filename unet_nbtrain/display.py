@@ -15,23 +15,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import ipywidgets as widgets
-from IPython import get_ipython
-from IPython.display import display
 from PIL import Image
 
 from .control import Command
 from .controls import Asked, Buttons, CheckpointsTab, Moment, button_faces
 from .findings import doubts, log_html, memory_text, numbers_html, problems_html
 from .history import History
+from .loggers import ProgressBar
 from .plots import plot_history, save_png
 from .restore import checkpoint_folder, earlier_session, list_checkpoints
 from .predictions import PredictionsTab, SampleKeeper
 from .settings_form import SettingsForm
-from .tabs import CurvesTab, Tabs, TextTab, earlier_runs
+from .tabs import BoxTab, CurvesTab, Tabs, TextTab, earlier_runs
 from .trial import TrialBox
-from .view import STYLE, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
-from .watcher import DataCheck, Pump, Watcher
+from .view import STYLE, Status, badge, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
+from .watcher import DataCheck, Farewell, Pump, Watcher
+from .widgets import HAS_WIDGETS, display, get_ipython, open_colab, widgets
 
 _log = logging.getLogger(__name__)
 
@@ -53,13 +52,13 @@ class _Widgets:
     "The pieces of the panel, and the box around them"
 
     def __init__(self, act, ring):
-        names = ("header", "progress", "tiles", "data", "message", "spoken")
+        names = ("header", "tiles", "data", "message", "spoken")
         self.html = {name: widgets.HTML() for name in names}
         self.html["spoken"].add_class("unt-spoken")
         self.buttons, self.tabs, self.curves = Buttons(act), Tabs(ring), CurvesTab(ring)
         self.controls, self.picture = self.buttons.controls, self.curves.picture
         style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
-        order = [style, self.html["header"], self.buttons.box, self.html["progress"], self.tabs.widget]
+        order = [style, self.html["header"], self.buttons.box, self.tabs.widget]
         self.box = widgets.VBox([*order, *(self.html[name] for name in ("tiles", "message", "spoken"))])
         self.box.add_class("unt-panel")
 
@@ -110,14 +109,6 @@ class _Facts:
         return self._found[1]
 
 # %% ../nbs/17_display.ipynb #6a72063f
-class _Boxed:
-    "Widgets as a tab"
-
-    def __init__(self, title, *children):
-        self.title, self.box = title, widgets.VBox(children)
-        self.box.add_class("unt-form")
-
-# %% ../nbs/17_display.ipynb #95786920
 class _Tabbed(_Facts):
     "The showing side: widgets, tabs, pump and pictures"
 
@@ -132,11 +123,13 @@ class _Tabbed(_Facts):
         self._widgets = _Widgets(press, self._watcher.ring)
         self._handles, self._tick, self._lock = [], 0, threading.Lock()
         self._pump = self._drawn_run = None
-        self._still_due = 0.0
+        self._farewell = Farewell(self._widgets.controls, self._widgets.html["message"])
+        self._still_due, self._headed, self._untold = 0.0, (None, 0.0), ""
+        self._shown = Status(), trainer.history, Moment()
         self._fill_tabs(put)
         trainer.observers.add(self._watcher)
         trainer.observers.add(self._samples)
-        self._paint(True, everything=True)
+        self._paint_safely(True, everything=True)
 
     def _fill_tabs(self, put):
         "The tabs, each with what paints it"
@@ -148,23 +141,23 @@ class _Tabbed(_Facts):
         self.add_tab("Numbers", lambda: numbers_html(self._shown[1], memory_text(trainer.device), self._shown[0].waiting))
         tabs.add(self._menu, lambda: self._menu.paint(self._files, button_faces(self._shown[2])["rewind"].why_not))
         self._trial = TrialBox(trainer, lambda rate: put("lr", rate), self._watcher.ring)
-        tabs.add(_Boxed("Data", self._trial.box, self._widgets.html["data"]), self._paint_data)
+        tabs.add(BoxTab("Data", self._trial.box, self._widgets.html["data"]), self._paint_data)
         self.add_tab("Log", lambda: log_html(self._shown[1].events, self._watcher.problems))
 
     def add_tab(
         self,
-        title: str,  # Stands on the tab
-        make: Callable[[], str],  # Gives markup, whenever somebody looks; escape what is not yours with `html.escape`
+        title: str | BoxTab,  # Stands on the tab; or a tab of widgets
+        make: Callable[[], str],  # Gives markup, whenever somebody looks; escape what is not yours with `html.escape`. For widgets: paints them
     ) -> None:
         "One more tab, of your own."
-        tab = TextTab(title, make)
-        self._widgets.tabs.add(tab, tab.paint)
+        tab = TextTab(title, make) if isinstance(title, str) else title
+        self._widgets.tabs.add(tab, tab.paint if isinstance(title, str) else make)
 
     def _paint_curves(self):
         if self._with_picture or self._widgets.curves.is_waiting:
             status, history, _ = self._shown
             self._widgets.curves.offer(history, self._runs)
-            self._widgets.curves.paint(history, self._watcher.trace.read(), status.total)
+            self._widgets.curves.paint(history, self._watcher.trace.read(), status.total, status.stops_at)
 
     def _paint_data(self):
         self._trial.paint()
@@ -188,11 +181,24 @@ class _Messages(_Tabbed):
             size = f" of {len(status.rows)} epochs" if status.rows else ""
             found = f"This folder has a run{size}. Resume goes on from {moment.found}; for a new run, choose another run_dir."
             found = f'<div class="unt-message unt-quiet">{html.escape(found)}</div>'
-        return problems_html(failure, run.traceback if failure else "", told, doubts(status.rows)) + message_html(status) + found
+        return self._farewell.html + problems_html(failure, run.traceback if failure else "", told, doubts(status.rows)) + message_html(status) + found
+
+# %% ../nbs/17_display.ipynb #8eabb0c7
+class _Headed(_Messages):
+    "The head line and the bars"
+
+    TEXT_WAITS = 0.5  # Seconds that the head line may wait while pictures are sent
+
+    def _paint_head(self, status, at_once):
+        "The head line and the bars; they give way to a picture, unless something has happened or they are old"
+        happened, now = (badge(status), len(status.rows)), time.monotonic()
+        if at_once or happened != self._headed[0] or now > self._headed[1] + self.TEXT_WAITS:
+            self._headed, self._tick = (happened, now), self._tick + 1
+            self._widgets.html["header"].value = header_html(status, self._tick) + progress_html(status)
 
 # %% ../nbs/17_display.ipynb #4f3b8532
-class Display(_Messages):
-    "The showing side of the panel: `show` displays it, `add_tab` adds to it; the pump paints."
+class _Painting(_Headed):
+    "All widgets at one moment"
 
     def _paint(self, with_picture, everything=False):
         "Bring all widgets up to the present moment"
@@ -200,14 +206,16 @@ class Display(_Messages):
         ended = run is not None and run.ended and self._drawn_run is not run
         self._looked = -1e9 if ended else self._looked
         moment = self._moment()
-        status, html_of, record = read_status(self.trainer, self.num_epochs, self._watcher.begun_at), self._widgets.html, self._record(moment)
+        status = read_status(self.trainer, self.num_epochs, self._watcher.begun_at, "start" in self._asked.pending())
+        html_of, record = self._widgets.html, self._record(moment)
         status.rows = record.rows
-        self._shown, self._with_picture, self._tick = (status, record, moment), with_picture or ended, self._tick + 1
-        html_of["header"].value = header_html(status, self._tick)
-        html_of["progress"].value, html_of["tiles"].value = progress_html(status), tiles_html(status)
+        self._shown, self._with_picture = (status, record, moment), with_picture or ended
+        self._paint_head(status, everything or ended or not with_picture)
+        html_of["tiles"].value = tiles_html(status)
         html_of["message"].value = self._messages(status, moment)
         html_of["spoken"].value = f'<span role="status" aria-live="polite">{spoken(status)}</span>'
         self._widgets.buttons.paint(moment, self._asked)
+        self._farewell.paint()
         self._widgets.tabs.paint(everything or ended)
         if self._check.wait(0):
             self._paint_data()
@@ -219,15 +227,36 @@ class Display(_Messages):
 
     def _refresh_stills(self, status, live=False):
         "What the saved notebook shows to a reader without a kernel; `live` also renews the panel's own output"
-        self._still_due = time.monotonic() + 30
+        self._still_due = time.monotonic() + (30 if HAS_WIDGETS else 2)
         still = _still_html(bytes(self._widgets.picture.value), self._shown[1], spoken(status))
         for panel, beside in self._handles:
             beside.update({"text/html": still, "text/plain": spoken(status)}, raw=True)
-            if live:
+            if live and panel is not None:
                 panel.update(self._widgets.bundle(spoken(status)), raw=True)
 
+# %% ../nbs/17_display.ipynb #65ecda12
+class _Safe(_Painting):
+    "Painting that harms nobody"
+
+    def _paint_safely(self, with_picture, everything=False):
+        "Paint; what goes wrong there is told once, in the panel and in the log, and reaches neither the training nor who makes a panel"
+        try:
+            self._paint(with_picture, everything)
+            self._untold = ""
+        except Exception as error:
+            text = f"The panel could not be drawn ({type(error).__name__}: {error}); the training is not affected."
+            if text != self._untold:
+                self._untold = text
+                _log.exception("%s", text)
+                self._widgets.html["message"].value = problems_html(None, "", [text])
+                self._watcher.on_problem(self.trainer, text)
+
+# %% ../nbs/17_display.ipynb #aca94297
+class Display(_Safe):
+    "The showing side of the panel: `show` displays it, `add_tab` adds to it; the pump paints."
+
     def show(self) -> None:
-        "Display the panel here; any number of times, in any cell: all views show the same run."
+        "Display the panel here; any number of times, in any cell: all views show the same run. Without widgets: curves, table and a bar."
         with self._lock:
             if self._pump is None:
                 self._pump = Pump(_Painter(self), self._watcher)
@@ -236,11 +265,18 @@ class Display(_Messages):
         self._trial.begin()
         text = spoken(read_status(self.trainer, self.num_epochs))
         if get_ipython() is None:
-            return _log.info("%s There is no notebook here to show a panel in.", text)
-        handle = display(self._widgets.bundle(text), raw=True, display_id=True)
-        if handle is not None:
-            still = {"text/html": _still_html(b"", self._shown[1], text), "text/plain": text}
+            return _log.info("%s There is no notebook here to show a panel in: start() shows a bar, and the curves are in the run's folder at its end.", text)
+        open_colab()
+        handle = display(self._widgets.bundle(text), raw=True, display_id=True) if HAS_WIDGETS else self._show_bar()
+        if handle is not None or not HAS_WIDGETS:
+            still = {"text/html": _still_html(bytes(self._widgets.picture.value), self._shown[1], text), "text/plain": text}
             self._handles.append((handle, display(still, raw=True, display_id=True)))
+
+    def _show_bar(self):
+        "Where there are no buttons: a bar in the cell, and how to steer"
+        if not self._handles:
+            self.trainer.observers.add(ProgressBar(enabled=True))
+            display({"text/plain": "ipywidgets cannot be used here. Steer from cells: panel.start(), pause(), resume(), stop(), save(), set('lr', 3e-4)."}, raw=True)
 
     def _ipython_display_(self):
         self.show()
@@ -253,7 +289,7 @@ class _Painter:
         self._panel = panel
 
     def __call__(self, with_picture):
-        self._panel._paint(with_picture)
+        self._panel._paint_safely(with_picture)
 
     def alive(self):
         run = self._panel.trainer.run

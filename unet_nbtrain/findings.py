@@ -91,7 +91,7 @@ def _failure(failure, trace):
     "The sentence, what to do, and the traceback folded"
     advice = advice_for(failure)
     text = f"<b>⚠ {html.escape(f'{type(failure).__name__}: {failure}')}</b>" + (f"<div>{html.escape(advice)}</div>" if advice else "")
-    folded = f"<details><summary>Traceback</summary><pre>{html.escape(trace)}</pre></details>" if trace else ""
+    folded = f"<details><summary>Traceback</summary><pre tabindex='0' role='region' aria-label='Traceback'>{html.escape(trace)}</pre></details>" if trace else ""
     return f'<div class="unt-message unt-warn" role="alert">{text}{folded}</div>'
 
 
@@ -112,12 +112,13 @@ def memory_text(
 # %% ../nbs/16_findings.ipynb #753182c7
 _MACHINE = (("seconds", "time of an epoch", format_duration), ("images_per_second", "training images a second", lambda v: f"{v:.1f}"),
             ("data_wait", "share of time waiting for data", lambda v: f"{v:.0%}"), ("grad_norm", "mean norm of the gradient", short_number), ("lr", "learning rate", format_rate))
+_STARVED = "(more workers help, then a cache of the images, then smaller images)"
 
 
 def numbers_html(
     history: object,  # The record of the run
     memory: str = "",  # From `memory_text`
-    patience: str = "",  # How much of it is used up, e.g. `'3 of 15'`
+    patience: str = "",  # How much of it is left, e.g. `'12 of 15'`
 ) -> str:
     "All numbers of the last and of the best epoch, of each class, and of the machine."
     last, best = (history.rows or [None])[-1], history.best
@@ -125,8 +126,15 @@ def numbers_html(
         return '<p class="unt-soft">The numbers come with the first finished epoch.</p>'
     blocks = [_metrics_table(last, best), _machine_table(last, memory, patience)]
     if isinstance(best["val"].get("per_class") if best else None, dict):
-        blocks.insert(1, f"<div><b>Each class</b>{history.class_table()._repr_html_()}</div>")
+        blocks[1:1] = [_class_block(history, title, row) for title, row in {"best": best, "last": last}.items() if title == "best" or row is not best]
     return f'<div class="unt-numbers">{"".join(blocks)}</div>'
+
+
+def _class_block(history, title, row):
+    "Every class in the best or the last epoch"
+    if not isinstance(row["val"].get("per_class"), dict):
+        return ""
+    return f"<div><b>Each class, {title} epoch ({row['epoch']})</b>{history.class_table(row['epoch'])._repr_html_()}</div>"
 
 
 def _metrics_table(last, best):
@@ -144,7 +152,8 @@ def _metrics_table(last, best):
 def _machine_table(last, memory, patience):
     "Speed, waiting, memory and patience"
     rows = [(title, show(last[name])) for name, title, show in _MACHINE if isinstance(last.get(name), int | float) and math.isfinite(last[name])]
-    rows += [("GPU memory", memory)] * bool(memory) + [("patience used", patience)] * bool(patience)
+    rows = [(title, f"{value} {_STARVED}" if title.startswith("share") and last["data_wait"] > 0.2 else value) for title, value in rows]
+    rows += [("GPU memory", memory)] * bool(memory) + [("patience left", patience)] * bool(patience)
     body = "".join(f"<tr><th>{html.escape(title)}</th><td>{html.escape(value)}</td></tr>" for title, value in rows)
     return f"<div><b>Machine</b><table>{body}</table></div>"
 
@@ -163,4 +172,4 @@ def log_html(
     more = f"<p class='unt-soft'>and {len(rows) - most:,} earlier</p>" if len(rows) > most else ""
     seen = "".join(f"<li>{html.escape(text)}</li>" for text in dict.fromkeys(reversed(told)))
     table = f"<table><tr><th>epoch</th><th>step</th><th>what</th><th>details</th></tr>{body}</table>" if rows else "<p class='unt-soft'>Nothing yet: changes, pauses, saves and problems come here.</p>"
-    return f'<div class="unt-log">{table}{more}{f"<p>Reported:</p><ul>{seen}</ul>" if seen else ""}</div>'
+    return f'<div class="unt-log" tabindex="0" role="region" aria-label="Log">{table}{more}{f"<p>Reported:</p><ul>{seen}</ul>" if seen else ""}</div>'

@@ -7,17 +7,20 @@ __all__ = ['TrainerPanel']
 
 # %% ../nbs/18_panel.ipynb #da581bac
 import logging
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .control import Command, Run
+from .controls import FirstBatch
 from .display import Display
 from .history import History
-from .report import inline_image, report_of_trainer
+from .report import ReportParts, report_of_trainer
 from .restore import best_model, earlier_session, load_best, rewind
-from .predictions import sample_sheet, sheet_words
+from .predictions import samples_html
 from .settings import check_setting
 from .trainer import UNetTrainer
 
@@ -50,25 +53,33 @@ class _Starting(Display):
 
         Raises `ValueError` before the first step if a look at the masks found something that cannot be right.
         """
+        if self.trainer.run is not None and not self.trainer.run.ended:
+            return self.trainer.run
+        return self._begun(lambda: self._start_or_resume(resume))
+
+    def _start_or_resume(self, resume):
+        "The run: a new one, or one that goes on"
         self._require_good_masks()
         with self._lock:
             run, left = self.trainer.run, self.trainer.total_epochs - self.trainer.current_epoch
             if run is None and resume and earlier_session(self.trainer):
-                run = self.trainer.start(self.num_epochs, resume="last")
-            elif run is None or run.ended:
-                run = self.trainer.start(left if left > 0 else self.num_epochs)
-        self._watcher.ring()
-        return run
+                return self.trainer.start(self.num_epochs, resume="last")
+            return self.trainer.start(left if left > 0 else self.num_epochs) if run is None or run.ended else run
 
-    def train_more(
-        self,
-        epochs: int,  # How many more
-    ) -> Run:  # The handle of the run
-        "Train so many more epochs; raises `RuntimeError` while a run is going on."
-        with self._lock:
-            run = self.trainer.start(epochs)
+    def _begun(self, start):
+        "Start, and show that it was heard until the first batch is through"
+        with self._one_start:
+            command = self._first.command or self._asked.add(Command("start"))
+            self._first.command = command
         self._watcher.ring()
-        return run
+        try:
+            return start()
+        except BaseException as error:
+            self._first.command = None
+            command.settle(False, None, str(error))
+            raise
+        finally:
+            self._watcher.ring()
 
     def _require_good_masks(self):
         self._trial.wait(_TRIAL_SECONDS)
@@ -77,7 +88,24 @@ class _Starting(Display):
             raise self._check.error
 
 # %% ../nbs/18_panel.ipynb #09bc9b82
-class _Commands(_Starting):
+class _More(_Starting):
+    "Epochs that were not planned"
+
+    def train_more(
+        self,
+        epochs: int,  # How many more
+    ) -> Run:  # The handle of the run
+        "Train so many more epochs; raises `RuntimeError` while a run is going on."
+        if self.trainer.run is not None and not self.trainer.run.ended:
+            raise RuntimeError(f"This trainer is already {self.trainer.run.state}. Stop it first, or change its epochs: panel.set('epochs', …).")
+        return self._begun(lambda: self._start_more(epochs))
+
+    def _start_more(self, epochs):
+        with self._lock:
+            return self.trainer.start(epochs)
+
+# %% ../nbs/18_panel.ipynb #40b65f72
+class _Commands(_More):
     "The steering side: what the buttons do, callable from cells too"
 
     def pause(self) -> Command:
@@ -176,13 +204,22 @@ class _Results(_Pressed):
         path: str | Path | None = None,  # Where to write; `None`: `report.html` in the run's folder
     ) -> Path:  # The file
         "Write the run as one HTML file: curves, numbers, predictions, data, settings. Raises `ValueError` without a place to write to, `OSError`."
-        samples, keeper, best = "", self._samples, self.history.best
-        if keeper.frames:
-            frame = keeper.at(best["epoch"] if best else keeper.frames[-1].epoch)
-            words = sheet_words(keeper, frame)
-            samples = inline_image(sample_sheet(keeper, frame, self.trainer.ignore_index), "Image, mask, prediction and errors of each sample", "webp") + words
-        data = [f"<h3>{phase}</h3>{report._repr_html_()}" for phase, report in self._check.reports.items()]
-        return report_of_trainer(self.trainer, path, data, samples, self._watcher.problems)
+        return report_of_trainer(self.trainer, path, **self._report_parts(), problems=self._watcher.problems)
+
+    def _report_parts(self):
+        "The look at the data, and the predictions of the best epoch"
+        best = self.history.best
+        samples = samples_html(self._samples, best["epoch"] if best else None, self.trainer.ignore_index)
+        return {"data": [f"<h3>{phase}</h3>{report._repr_html_()}" for phase, report in self._check.reports.items()], "samples": samples}
+
+    def add_curve(
+        self,
+        name: str,  # Stands in the menu of scores
+        function: Callable[[Mapping], float],  # Takes a row of the history and gives a number
+    ) -> None:
+        "A curve of yours beside the loss: choose it in the menu `score`."
+        self._widgets.curves.own.add(name, function)
+        self._watcher.ring()
 
     def best_model(self) -> torch.nn.Module:  # On the same device, in evaluation mode
         "A copy of the model with the best weights so far, for the next cell; raises `ValueError` if there are none."
@@ -208,7 +245,9 @@ class TrainerPanel(_Results):
         if (trainer is None) == (model is None or loaders is None) or (trainer is not None and trainer_options):
             raise ValueError("Give either model and loaders (with options for the trainer), or trainer alone.")
         super().__init__(trainer or UNetTrainer(model, *_two_loaders(loaders), **trainer_options), num_epochs, self._press, self.set)
-        self.controls = self._widgets.controls
+        self.controls, self._first, self._one_start = self._widgets.controls, FirstBatch(), threading.Lock()
+        for observer in (self._first, ReportParts(self._report_parts)):
+            self.trainer.observers.add(observer)
 
     @property
     def history(self) -> History:

@@ -193,6 +193,8 @@ _SAMPLES = 4
 class Passes(_Training):
     "A trainer that can do one pass over its data: all of `UNetTrainer` but epochs, runs and endings."
 
+    worst = None  # A `thumbnails.WorstSample`, for who wants to see the worst image of each validation
+
     @torch.no_grad()
     def validate_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole validation set
         "Evaluate on every validation batch once, without gradients and without touching the randomness of training."
@@ -202,11 +204,24 @@ class Passes(_Training):
     def _validate_batches(self):
         "The whole validation set"
         meter = EpochMeter(self.ignore_index, self.threshold)
+        if self.worst is not None:
+            self.worst.begin()
         for images, masks in self._feed(self.val_loader, "val", 0):
             parts = [self._forward(x, y, meter) for x, y in self._parts(images, masks)]
+            losses, weights, logits = zip(*parts)
             if self.batch == 0:
-                self.val_batch = tuple(o[:_SAMPLES].detach().clone() for o in (images, masks, parts[0][2]))
+                self.val_batch = tuple(o[:_SAMPLES].detach().clone() for o in (images, masks, logits[0]))
+            if self.worst is not None:
+                self._look_for_worst(images, masks, logits)
             self.batch += 1
-            losses, weights, _ = zip(*parts)
             self.observers.notify("on_batch_end", self, _mean(losses, weights)[0])
+        if self.worst is not None:
+            self.worst.end(lambda batch: self._feed_of("val", self.val_loader).samples(0, batch))
         return meter.compute()
+
+    def _look_for_worst(self, images, masks, logits):
+        "Show a batch, in its parts, to the one who looks for the worst image"
+        first, batch = 0, self._feed_of("val", self.val_loader).position
+        for (x, y), said in zip(self._parts(images, masks), logits):
+            self.worst.look(x, y, said, (batch, first), self.threshold, self.ignore_index)
+            first += len(x)

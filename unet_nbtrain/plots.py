@@ -109,7 +109,7 @@ class _Blitting:
         if fresh or labels:
             self._layer(self._background, curves.labels.values())
             self._labelled = curves.canvas.copy_from_bbox(curves.figure.bbox)
-        self._layer(self._labelled, [curves.band, *curves.lines.values()])
+        self._layer(self._labelled, [curves.window, curves.band, *curves.lines.values()])
         self.full_draws, self.blits = self.full_draws + fresh, self.blits + (not fresh)
 
     def _layer(self, below, artists):
@@ -147,6 +147,7 @@ class LiveCurves(_Blitting):
         history: object,  # The record so far, a `History`; it may grow meanwhile
         batch_trace: tuple[Sequence[float], Sequence[float]] = ((), ()),  # x (in epochs) and loss of every batch, not changing during the call
         total_epochs: int | None = None,  # Where the x axis ends at the latest
+        until: float | None = None,  # The epoch in which early stopping would end the run, if nothing gets better
     ) -> bytes:  # A PNG file
         "The picture of a run as it is now; an empty history gives empty axes that say what they wait for."
         history = history.snapshot()
@@ -154,8 +155,8 @@ class LiveCurves(_Blitting):
             self._rows, self._lines = history.rows, self.look.lines(history)
         place, (x, y) = self.look.placer(history), thin(*batch_trace)
         events = [{**event, "epoch": float(place(event["epoch"]))} for event in history.events]
-        total = float(place(total_epochs)) if total_epochs else None
-        self._draw(*self._curves.update(self._lines, (place(x), y), events, total, self.look.unit(history)))
+        total, until = (float(place(epoch)) if epoch else None for epoch in (total_epochs, until))
+        self._draw(*self._curves.update(self._lines, (place(x), y), events, total, self.look.unit(history), until))
         return self._encoded()
 
 # %% ../nbs/08_plots.ipynb #f616a4b3

@@ -19,6 +19,7 @@ from .losses import create_loss_function
 from .mask_report import describe_masks
 from .optimizers import create_optimizer
 from .plots import plot_history, save_png
+from .report import ReportParts
 from .schedulers import create_scheduler
 from .state import default_observers, new_run_dir
 from .trainer import UNetTrainer
@@ -123,4 +124,19 @@ def make_trainer(
         **{setting: getattr(arguments, option) for option, setting in OPTION_SETTINGS.items() if option not in ("epochs", "lr")},
     )
     trainer.early_stopping = EarlyStopping(arguments.patience, monitor=arguments.monitor)
+    _keep_for_report(trainer, report)
     return trainer
+
+
+def _keep_for_report(trainer, report):
+    "Predictions and the look at the masks, for `unet-nbtrain report`"
+    from unet_nbtrain.predictions import SampleKeeper, samples_html
+
+    keeper = SampleKeeper(limit=20)
+
+    def parts():
+        best = trainer.history.best
+        return {"data": [f"<h3>train</h3>{report._repr_html_()}"] if report else [], "samples": samples_html(keeper, best["epoch"] if best else None, trainer.ignore_index)}
+
+    trainer.observers.add(keeper)
+    trainer.observers.add(ReportParts(parts))

@@ -7,6 +7,7 @@ __all__ = ['epoch_line', 'describe_run', 'RunLog', 'configure_logging', 'is_on_c
 
 # %% ../nbs/11_run_log.ipynb #1d8c378c
 import logging
+import math
 import os
 import platform
 import sys
@@ -39,14 +40,16 @@ def epoch_line(
 
 # %% ../nbs/11_run_log.ipynb #aefd915a
 _SETTINGS = ("current_epoch", "total_epochs", "global_step", "learning_rate", "seed", "gradient_clip_norm", "accumulate_gradients", "ema_decay",
-             "threshold", "save_every_n_epochs", "save_every_n_steps", "save_every_n_minutes", "save_top_k", "keep_epochs")
+             "threshold", "save_every_n_epochs", "save_every_n_steps", "save_every_n_minutes", "save_top_k", "keep_epochs", "on_nonfinite", "nonfinite_limit", "on_bad_sample", "on_oom", "deterministic")
 
 
 def describe_run(
     trainer: object,  # A trainer; attributes that it lacks are left out
 ) -> dict:  # Plain data for a log: numbers and texts
     "What a run was started with: counters, settings, model, data sizes, device and versions; no paths and no environment."
-    told = {name: getattr(trainer, name) for name in _SETTINGS if isinstance(getattr(trainer, name, None), int | float)}
+    told = {name: getattr(trainer, name) for name in _SETTINGS if isinstance(getattr(trainer, name, None), int | float | str)}
+    waiting = {name: getattr(getattr(trainer, "early_stopping", None), name, None) for name in ("monitor", "patience", "min_delta")}
+    told |= {name: value for name, value in waiting.items() if value not in (None, math.inf)}
     parts = {name: getattr(trainer, name, None) for name in ("model", "criterion", "optimizer", "scheduler")}
     told |= {name: type(part).__name__ for name, part in parts.items() if part is not None}
     if isinstance(parts["model"], torch.nn.Module):
@@ -57,7 +60,9 @@ def describe_run(
     told |= {f"{name.removesuffix('_loader')}_batches": size for name, size in sizes.items() if size is not None}
     told |= _batch_size(getattr(trainer, "train_loader", None))
     told |= {"precision": str(trainer.amp_dtype or torch.float32).removeprefix("torch.")} if hasattr(trainer, "amp_dtype") else {}
-    return told | {"device": str(trainer.device), "torch": torch.__version__.split("+")[0], "python": platform.python_version()}
+    device = torch.device(trainer.device)
+    card = {"card": torch.cuda.get_device_name(device)} if device.type == "cuda" and torch.cuda.is_available() else {}
+    return told | {"device": str(device), **card, "torch": torch.__version__.split("+")[0], "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
 
 
 

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import ipywidgets as widgets
 import numpy as np
 import torch
 
 from .core import length_of, move, split_batch
 from .epoch import check_batch
 from .text import format_duration, format_rate, short_number
+from .widgets import free_clicks, widgets
 
 _log = logging.getLogger(__name__)
 
@@ -217,8 +217,8 @@ class TrialBox(_Trying):
         self._trainer, self._ring, self.error = trainer, ring, None
         self._said, self._sweep, self._begun, self._lock = ["", ""], None, False, threading.Lock()
         self._threads = []
-        self.find = widgets.Button(description="Find a learning rate", icon="search", layout=widgets.Layout(width="auto"))
-        self.use = widgets.Button(description="Use it", icon="check", disabled=True, layout=widgets.Layout(width="auto"))
+        self.find = free_clicks(widgets.Button(description="Find a learning rate", icon="search", layout=widgets.Layout(width="auto")))
+        self.use = free_clicks(widgets.Button(description="Use it", icon="check", disabled=True, layout=widgets.Layout(width="auto")))
         self.find.on_click(lambda _: self.search())
         self.use.on_click(lambda _: use(float(f"{self._sweep.suggested:.1e}")))
         self.words = widgets.HTML()
