@@ -124,7 +124,7 @@ def test_statistics_are_those_of_numpy_over_the_training_images(folders, cache):
 
 
 def test_each_file_is_decoded_once(folders, monkeypatch):
-    import unet_nbtrain.dataset as room
+    import unet_nbtrain.stored_pairs as room
 
     seen, read = [], room.read_image
     monkeypatch.setattr(room, "read_image", lambda source, n: (seen.append(source), read(source, n))[1])
@@ -320,7 +320,7 @@ def test_a_sample_is_the_same_in_another_process(folders):
     ids=str,
 )
 def test_what_cannot_be_meant_is_told_before_anything_is_decoded(folders, monkeypatch, options, told):
-    monkeypatch.setattr("unet_nbtrain.dataset.read_image", None)
+    monkeypatch.setattr("unet_nbtrain.stored_pairs.read_image", None)
     with pytest.raises(ValueError, match=told):
         loaders(folders, **options)
 

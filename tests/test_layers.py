@@ -28,6 +28,7 @@ ALLOWED = {
     "mask_picture": {"numpy", "PIL"},
     "mask_summary": {"torch"},
     "transforms": {"torch", "numpy", "PIL"},
+    "stored_pairs": {"torch", "numpy", "PIL"},
     "disk": set(),
     "records": set(),
     "history": set(),
@@ -127,7 +128,7 @@ def test_the_rules_can_fail():
 
 def loaded_after(code):
     """Which of the heavy libraries a fresh interpreter has loaded after `code`, run outside the repository."""
-    heavy = ["matplotlib", "ipywidgets", "tensorboard", "IPython", "torch", "nbdev", "fastcore"]
+    heavy = ["matplotlib", "ipywidgets", "tensorboard", "IPython", "torch", "nbdev", "fastcore", "pandas", "scipy", "cv2", "sklearn"]
     code = f"import sys; {code}; print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(ROOT.anchor), timeout=120)
     assert done.returncode == 0, done.stderr
@@ -136,6 +137,17 @@ def loaded_after(code):
 
 def test_importing_the_package_loads_nothing_heavy():
     assert loaded_after("import unet_nbtrain") == set()
+
+
+def test_a_training_without_a_notebook_loads_torch_and_no_other_library_of_size():
+    """Also not those that somebody has installed beside it, such as pandas, SciPy or OpenCV."""
+    assert loaded_after("from unet_nbtrain import UNetTrainer, UNet, create_dataloaders, create_optimizer") <= {"torch"}
+
+
+def test_the_import_takes_less_than_0_3_seconds_beyond_torch():
+    code = "import time, torch; began = time.process_time(); import unet_nbtrain; print(time.process_time() - began)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(ROOT.anchor), timeout=120)
+    assert float(done.stdout) < 0.3, done.stderr
 
 
 def test_the_rooms_below_the_panel_load_no_plots_and_no_widgets():

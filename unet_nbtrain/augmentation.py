@@ -7,6 +7,7 @@ __all__ = ['AugmentationPipeline', 'get_augmentation_pipeline']
 
 # %% ../nbs/04_augmentation.ipynb #151c464b
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +30,8 @@ def _orient(image, mask, dice, upright):
 _NODES = 3
 
 
-def _elastic_field(height, width, sigma, generator):
-    "A smooth displacement field (2, H, W) in pixels, x first: normal vectors on 3 x 3 nodes, bicubic between (U-Net paper, section 3.1)"
-    nodes = torch.randn(2, _NODES, _NODES, generator=generator) * sigma
+def _elastic_field(height, width, nodes):
+    "A smooth displacement field (2, H, W) in pixels, x first, from vectors (2, 3, 3) on nodes, bicubic between (U-Net paper, section 3.1)"
     stretch = torch.eye(_NODES)[None, :, None]
     across, down = (
         F.interpolate(stretch, (1, n), mode="bicubic", align_corners=True)[0, :, 0] for n in (width, height)
@@ -93,20 +93,31 @@ class AugmentationPipeline:
         "The changed image and mask. The arguments are left alone; raises `ValueError` where they do not fit together."
         _check_pair(image, mask, self.ignore_index)
         generator = torch.Generator().manual_seed(seed)
-        *dice, angle, zoom, brightness, contrast, gamma, noise = torch.rand(10, generator=generator).tolist()
+        numbers = torch.rand(10, generator=generator).tolist()
+        nodes = torch.randn(2, _NODES, _NODES, generator=generator) if numbers[3] < self.warp else None
+        image, mask = self.apply(image, mask, numbers, nodes)
+        if self.noise:
+            image = torch.randn(image.shape, generator=generator).mul_(numbers[9] * self.noise).add_(image).clamp_(0, 1)
+        return image, mask
+
+    def apply(
+        self,
+        image: torch.Tensor,  # float32 (C, H, W) in [0, 1]
+        mask: torch.Tensor,  # (H, W) or (1, H, W) of labels
+        numbers: Sequence[float],  # Ten in [0, 1) that decide what is done, and how much of it
+        nodes: torch.Tensor | None,  # (2, 3, 3), normally distributed: how the image is bent; `None` where it is not warped
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # The image in [0, 1], and the mask
+        "All but the noise, as these numbers say."
+        *dice, angle, zoom, brightness, contrast, gamma, _ = numbers
         if self.orient:
             image, mask = _orient(image, mask, dice[:3], self.upright)
         if dice[3] < self.warp:
             height, width = image.shape[-2:]
-            field = _elastic_field(height, width, self.elastic * min(height, width), generator)
+            field = _elastic_field(height, width, nodes * (self.elastic * min(height, width)))
             angle = math.radians(_between(angle, self.rotate))
             image, mask = _warp(image, mask, angle, _factor(zoom, self.zoom), field, self.ignore_index)
         if self.brightness or self.contrast or self.gamma:
-            image = _relight(
-                image, _between(brightness, self.brightness), _factor(contrast, self.contrast), _factor(gamma, self.gamma)
-            )
-        if self.noise:
-            image = torch.randn(image.shape, generator=generator).mul_(noise * self.noise).add_(image).clamp_(0, 1)
+            image = _relight(image, _between(brightness, self.brightness), _factor(contrast, self.contrast), _factor(gamma, self.gamma))
         return image, mask
 
 # %% ../nbs/04_augmentation.ipynb #a1064bcf

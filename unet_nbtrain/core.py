@@ -73,21 +73,17 @@ def derive_seed(
     *parts: int | str,  # What the seed is a function of, e.g. `seed, 'augment', epoch, index`
 ) -> int:  # In [0, 2**63), fit for every random generator in use here
     "A seed that depends on all of `parts` and on nothing else: the same on every machine, process and day (BLAKE2b of their text)."
-    *known, last = map(_plain, parts)
-    hashed = _hashed(*known).copy()
-    hashed.update(f"{type(last).__name__[0]}{last}".encode())
+    parts = [part if isinstance(part, str) else int(part) for part in parts]  # A NumPy integer or a sample key hashes as the number it is
+    hashed = _begun(*parts[:3]).copy()
+    for part in parts[3:]:
+        hashed.update(f"\x1f{type(part).__name__[0]}{part}".encode())
     return int.from_bytes(hashed.digest(), "big") >> 1
 
 
 @lru_cache(maxsize=64)
-def _hashed(*parts):
-    "The hash of all parts but the last, which alone changes from step to step"
-    return hashlib.blake2b("".join(f"{type(part).__name__[0]}{part}\x1f" for part in parts).encode(), digest_size=8)
-
-
-def _plain(part):
-    "Integers of any kind (NumPy's, a sample key) as `int`, so that equal numbers hash alike"
-    return part if isinstance(part, str) else int(part)
+def _begun(*parts):
+    "The hash of the first parts, which are the same for a whole epoch"
+    return hashlib.blake2b("\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts).encode(), digest_size=8)
 
 # %% ../nbs/00_core.ipynb #b91d7ebd
 def seed_step(

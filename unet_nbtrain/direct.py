@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset, default_collate, default_convert
 
 from .core import derive_seed
 from .samples import BatchReader, Parcel, Randomness
+from .sampling import join_samples
 
 # %% ../nbs/07_direct.ipynb #7f3a5d55
 class _Canary:
@@ -89,7 +90,7 @@ class _Watching(Randomness):
 
 # %% ../nbs/07_direct.ipynb #6c04d110
 _HARMLESS = (list, tuple, TensorDataset)
-_COLLATES = (default_collate, default_convert, as_it_is)
+_COLLATES = (default_collate, default_convert, join_samples, as_it_is)
 
 
 class DirectReader:

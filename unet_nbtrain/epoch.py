@@ -137,6 +137,19 @@ class _Sums:
         self.loss.update(loss, weight)
         self._counting.update(logits, masks)
 
+    def add_counts(
+        self,
+        loss: torch.Tensor,  # Mean loss of the batch, 0-dim
+        weight: float | torch.Tensor,  # From `batch_weight`
+        classes: torch.Tensor,  # (N, n_classes, 3) int64, from `segmentation_counts`
+        pixels: torch.Tensor,  # (N, 3) int64
+    ) -> None:
+        "Add a batch that is counted already."
+        if self._counting is None:
+            self._begin(classes.shape[1], self.threshold)
+        self.loss.update(loss, weight)
+        self._counting.add(classes, pixels)
+
     def _begin(self, n_classes, threshold):
         self._counting = Counting(SegmentationMetrics(n_classes, threshold, self.ignore_index))
         if self._open:

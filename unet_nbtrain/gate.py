@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .core import length_of, move, split_batch
+from .core import Carrier, dataset_attribute, length_of, split_batch
 from .epoch import check_batch
 from .feeding import Feed
 from .state import TrainerState
@@ -87,6 +87,8 @@ class Gate(_Obeying):
         self.num_batches = length_of(loader)
         feed = self._feed_of(phase, loader)
         batches, counted = feed.batches(epoch, start), 0
+        change = phase == "train" and dataset_attribute(loader, "batch_transform") or _as_it_came
+        carry = Carrier(self.device, channels_last=self.device.type == "cuda")
         try:
             while True:
                 self._obey()
@@ -102,7 +104,7 @@ class Gate(_Obeying):
                     self._check_first(images, masks)
                 if phase == "train":
                     self._start_batch = self.batch = feed.position
-                yield move(images, masks, self.device, channels_last=self.device.type == "cuda")
+                yield change(*carry(images, masks), epoch, feed.position)
         finally:
             batches.close()
             if self.run is None or self.run.ended:
@@ -121,3 +123,7 @@ class Gate(_Obeying):
         else:
             self._bad_in_validation = feed.bad_samples
         return feed.bad_samples
+
+# %% ../nbs/15_gate.ipynb #c66f4f0d
+def _as_it_came(images, masks, epoch, batch):
+    return images, masks

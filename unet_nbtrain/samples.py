@@ -180,9 +180,8 @@ def _cannot_be_joined(names, samples, error):
 # %% ../nbs/06_samples.ipynb #678e9da6
 def _leaves(dataset):
     "The data sets inside all wrappers"
-    if type(dataset) is Subset:
-        return _leaves(dataset.dataset)
-    return [leaf for part in dataset.datasets for leaf in _leaves(part)] if type(dataset) is ConcatDataset else [dataset]
+    parts = [dataset.dataset] if type(dataset) is Subset else dataset.datasets if type(dataset) is ConcatDataset else None
+    return [dataset] if parts is None else [leaf for part in parts for leaf in _leaves(part)]
 
 
 class _Samples(Dataset):
@@ -198,7 +197,7 @@ class _Samples(Dataset):
         self.dataset, self.collate, self.seed, self.single = dataset, collate, seed, single
         self._inside = _leaves(dataset)
         self.seeds_itself = all(getattr(leaf, "seeds_itself", False) for leaf in self._inside)
-        self._together = not single and all(callable(getattr(o, "__getitems__", None)) for o in [dataset, *self._inside])
+        self._together = not single and len(self._inside) == 1 and callable(getattr(self._inside[0], "__getitems__", None))
         self._randomness = None
 
     def __getstate__(self):
@@ -209,12 +208,15 @@ class _Samples(Dataset):
         if not self.seeds_itself:
             self._randomness.seed(self.seed, *parts)
 
+    def _place(self, epoch, key):
+        "The data set that really has a sample, and the key under which it has it"
+        inner, at = _locate(self.dataset, key)
+        return inner, SampleKey(at, epoch) if isinstance(at, Integral) and (hasattr(key, "epoch") or getattr(inner, "seeds_itself", False)) else at
+
     def _one(self, epoch, number, place, key):
         "A sample, or a `LostSample`"
         try:
-            inner, at = _locate(self.dataset, key)
-            if isinstance(at, Integral) and (hasattr(key, "epoch") or getattr(inner, "seeds_itself", False)):
-                at = SampleKey(at, epoch)
+            inner, at = self._place(epoch, key)
             self._start("sample", epoch, number, place)
             return inner[at]
         except Exception as error:
@@ -224,11 +226,10 @@ class _Samples(Dataset):
         "All samples from the data set's own `__getitems__`; `None` where one of them may be broken"
         self._start("batch", epoch, number)
         try:
-            return self.dataset.__getitems__(list(keys))
+            return self._inside[0].__getitems__([self._place(epoch, key)[1] for key in keys])
         except Exception as error:
             if not _is_datas_fault(error):
                 raise
-        return None
 
 # %% ../nbs/06_samples.ipynb #6b412f22
 class BatchReader(_Samples):
@@ -249,7 +250,7 @@ class BatchReader(_Samples):
         lost = [o for o in read if isinstance(o, LostSample)]
         if lost:
             keys, read = ([o for o, r in zip(list_, read, strict=True) if not isinstance(r, LostSample)] for list_ in (keys, read))
-        return self._joined(epoch, number, keys, list(read), lost) if len(read) else Parcel(None, 0, lost)
+        return self._joined(epoch, number, keys, read if isinstance(read, list) else list(read), lost) if len(read) else Parcel(None, 0, lost)
 
     def _joined(self, epoch, number, keys, samples, lost):
         "The samples as a batch; the `collate_fn` may be random too"

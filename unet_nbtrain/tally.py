@@ -159,7 +159,15 @@ class _Counting(_Waiting):
         if logits.numel() + masks.numel() <= _SMALL:
             self._put(kind, logits.detach().clone(), masks.clone(), None)
         else:
-            self._put(None, *self._count(logits, masks), None)
+            self.add(*self._count(logits, masks))
+
+    def add(
+        self,
+        classes: torch.Tensor,  # (N, n_classes, 3) int64, from `segmentation_counts`
+        pixels: torch.Tensor,  # (N, 3) int64
+    ) -> None:
+        "Add a batch that somebody has counted."
+        self._put(None, classes, pixels, None)
 
     def _count(self, logits, masks):
         metrics = self.metrics
@@ -171,8 +179,7 @@ class _Counting(_Waiting):
     def _counts(self, entries):
         "The counts of entries of one kind: classes (N, n_classes, 3) and pixels (N, 3)"
         kinds, first, second, bad = zip(*entries)
-        lengths = [len(part) for part in first]
-        first, second = torch.cat(first), torch.cat(second)
+        lengths, first, second = [len(part) for part in first], torch.cat(first), torch.cat(second)
         if kinds[0] is not None:
             first, second = self._count(first, second)
         if bad[0] is not None:
@@ -181,8 +188,8 @@ class _Counting(_Waiting):
         return first, second
 
     def _add_up(self):
-        counts = [self._counts(list(entries)) for _, entries in groupby(self._entries, lambda entry: (entry[0], entry[3] is None))]
-        if counts:
+        groups = groupby(self._entries, lambda entry: (entry[0], entry[3] is None))
+        if counts := [self._counts(list(entries)) for _, entries in groups]:
             self.metrics.add_counts(*(torch.cat(part) for part in zip(*counts)))
         self._entries, self._certain = [], 0
 

@@ -86,23 +86,29 @@ def prepare_image(
     image: np.ndarray,  # (C, H, W); uint8 or uint16, or floats in [0, 1]
     mean: Sequence[float] | None = None,  # Of each channel, on the scale [0, 1]; `None`: not normalised
     std: Sequence[float] | None = None,  # Of each channel, on the same scale
+    *,
+    out: torch.Tensor | None = None,  # float32 (C, H, W) to write into, such as a place in a batch; `None`: a new one
 ) -> torch.Tensor:  # float32 (C, H, W), a copy; in [0, 1], or about zero if normalised
     "What a network is given for an image, in training and in inference; raises `ValueError` for other shapes and types."
     if image.ndim != 3 or (image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f"):
         raise ValueError(f"an image of {image.dtype} with shape {image.shape}: use (C, H, W) of uint8, uint16, or floats in [0, 1].")
-    return normalize_image(torch.from_numpy(image.astype(np.float32)).div_(_white(image)), mean, std)
+    pixels = torch.from_numpy(image if image.dtype == np.uint8 and image.flags.writeable else image.astype(np.float32))
+    out = torch.empty(image.shape) if out is None else out
+    return normalize_image(out.copy_(pixels).div_(_white(image)), mean, std, in_place=True)
 
 
 def normalize_image(
     image: torch.Tensor,  # float (..., C, H, W) in [0, 1]
     mean: Sequence[float] | None,  # Of each channel; `None` leaves the image alone
     std: Sequence[float] | None,  # Of each channel
-) -> torch.Tensor:  # (image - mean) / std, a new tensor unless `mean` is `None`
+    *,
+    in_place: bool = False,  # Whether to change the image itself
+) -> torch.Tensor:  # (image - mean) / std, a new tensor unless `mean` is `None` or `in_place`
     "Take off the mean and divide by the standard deviation, channel by channel; raises `ValueError` where their number differs."
     if mean is None:
         return image
     mean, std = _planes(image, mean, std)
-    return (image - mean) / std
+    return image.sub_(mean).div_(std) if in_place else (image - mean) / std
 
 
 def denormalize_image(
