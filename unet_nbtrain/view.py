@@ -182,7 +182,7 @@ def tiles_html(
     best = next((row for row in reversed(status.rows) if row.get("best")), {})
     tiles = [
         ("validation Dice", _number(last, "val", "dice"), ""),
-        ("best Dice", _number(best, "val", "dice"), f"epoch {best['epoch']}" if best else ""),
+        ("Dice of the best", _number(best, "val", "dice"), f"epoch {best['epoch']}" if best else ""),
         ("validation IoU", _number(last, "val", "iou"), ""),
         ("validation loss", _number(last, "val", "loss"), ""),
         ("training loss", _number(last, "train", "loss"), ""),
