@@ -73,17 +73,16 @@ def derive_seed(
     *parts: int | str,  # What the seed is a function of, e.g. `seed, 'augment', epoch, index`
 ) -> int:  # In [0, 2**63), fit for every random generator in use here
     "A seed that depends on all of `parts` and on nothing else: the same on every machine, process and day (BLAKE2b of their text)."
-    parts = [part if isinstance(part, str) else int(part) for part in parts]  # A NumPy integer or a sample key hashes as the number it is
     hashed = _begun(*parts[:3]).copy()
     for part in parts[3:]:
-        hashed.update(f"\x1f{type(part).__name__[0]}{part}".encode())
+        hashed.update(f"\x1fs{part}".encode() if isinstance(part, str) else b"\x1fi%d" % part)
     return int.from_bytes(hashed.digest(), "big") >> 1
 
 
 @lru_cache(maxsize=64)
 def _begun(*parts):
     "The hash of the first parts, which are the same for a whole epoch"
-    return hashlib.blake2b("\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts).encode(), digest_size=8)
+    return hashlib.blake2b("\x1f".join(f"s{part}" if isinstance(part, str) else f"i{int(part)}" for part in parts).encode(), digest_size=8)
 
 # %% ../nbs/00_core.ipynb #b91d7ebd
 def seed_step(
@@ -122,6 +121,8 @@ def split_batch(
     batch: object,  # What the loader yielded
 ) -> tuple[torch.Tensor, torch.Tensor]:  # Images (N, C, H, W) and masks
     "Images and masks of a batch, from a tuple or a mapping; raises `TypeError` that says what the loader gave instead."
+    if type(batch) in (tuple, list) and len(batch) == 2 and type(batch[0]) is type(batch[1]) is torch.Tensor:
+        return batch[0], batch[1]
     if isinstance(batch, Mapping):
         image, mask = (next((batch[k] for k in (name, name + "s") if k in batch), None) for name in ("image", "mask"))
         if isinstance(image, torch.Tensor) and isinstance(mask, torch.Tensor):

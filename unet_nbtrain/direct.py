@@ -6,10 +6,11 @@
 __all__ = ['as_it_is', 'DirectReader']
 
 # %% ../nbs/07_direct.ipynb #350f840d
-import copy
+import ctypes
 import pickle
 import random
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,6 +22,32 @@ from .samples import BatchReader, Parcel, Randomness
 from .sampling import join_samples
 
 # %% ../nbs/07_direct.ipynb #7f3a5d55
+def _places(generator, offset):
+    return (ctypes.c_uint32 * 3).from_address(id(generator) + offset)
+
+
+def _is_there(offset):
+    "Whether the state of a `random.Random` begins at this place: looked at twice, with a draw between"
+    probe, found = random.Random(7), []
+    for _ in range(2):
+        state = probe.getstate()[1]
+        found.append(tuple(_places(probe, offset)) == (state[-1], *state[:2]))
+        probe.random()
+    return all(found)
+
+
+def _position_of(
+    generator: random.Random,  # Of Python
+) -> Callable[[], object]:  # Equal results mean that nobody has drawn meanwhile
+    "A function that tells how far a generator is."
+    size = random.Random.__basicsize__ if sys.implementation.name == "cpython" else 0
+    offset = next((o for o in range(0, min(size, 128), 4) if _is_there(o)), None)
+    if offset is None:
+        return generator.getstate
+    numbers = _places(generator, offset)
+    return lambda: (*numbers, generator.gauss_next)
+
+# %% ../nbs/07_direct.ipynb #edc156d5
 class _Canary:
     "Watches the global generators of Python and NumPy: sings as long as nobody draws from them"
 
@@ -28,25 +55,27 @@ class _Canary:
         self,
         seed: int,  # Any whole number
     ):
-        self._python, self._known, self._first = random.getstate.__self__, random.Random(seed).getstate(), random.Random(seed).random()
+        self._python, self._at, self._state = random.getstate.__self__, None, None
+        self._where = _position_of(self._python)
         self._numpy, self._twin = np.random.MT19937(seed % 2**32), np.random.Generator(np.random.MT19937(seed % 2**32))
 
     @property
     def sings(self) -> bool:
-        "Whether nobody has drawn; asked once, at the end of `watched`."
-        return self._python.random() == self._first and np.random.random_sample() == self._twin.random()
+        "Whether nobody has drawn; asked once, before `end`."
+        return self._where() == self._at and np.random.random_sample() == self._twin.random()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        "While this lasts, the generators are in a known state; afterwards they are as before."
-        python, numpy = self._python.getstate(), np.random.get_bit_generator()
+    def begin(self) -> None:
+        "From here on it watches."
+        if self._where() != self._at:
+            self._at, self._state = self._where(), self._python.getstate()
+        self._usual = np.random.get_bit_generator()
         np.random.set_bit_generator(self._numpy)
-        try:
-            self._python.setstate(self._known)
-            yield
-        finally:
-            self._python.setstate(python)
-            np.random.set_bit_generator(numpy)
+
+    def end(self) -> None:
+        "The generators are again as before."
+        if self._where() != self._at:
+            self._python.setstate(self._state)
+        np.random.set_bit_generator(self._usual)
 
 # %% ../nbs/07_direct.ipynb #ed5ec4a7
 def as_it_is(
@@ -62,6 +91,9 @@ class _OnlyTorch(Randomness):
     def __init__(self):
         super().__init__()
         self._all = self._all[:1]
+
+    def seed(self, *parts):
+        torch.default_generator.manual_seed(derive_seed(*parts))
 
 
 class _Watching(Randomness):
@@ -93,6 +125,14 @@ _HARMLESS = (list, tuple, TensorDataset)
 _COLLATES = (default_collate, default_convert, join_samples, as_it_is)
 
 
+class _Quick(BatchReader):
+    "A reader that does not seed what is known to draw nothing"
+
+    def _start(self, *parts):
+        if parts[0] != "collate" or self.collate not in _COLLATES:
+            super()._start(*parts)
+
+
 class DirectReader:
     "The parcels of a pass, read in this thread. To read: `draws`, whether the data set uses random numbers of Python or NumPy; `None` before the first batch."
 
@@ -104,9 +144,11 @@ class DirectReader:
     ):
         self._reader, self._tickets, self._pins = reader, tickets, pin_memory and torch.cuda.is_available()
         harmless = all(type(leaf) in _HARMLESS for leaf in reader._inside) and reader.collate in _COLLATES
-        self._quick, self._first = copy.copy(reader), copy.copy(reader)
+        parts = reader.dataset, reader.collate, reader.seed, reader.single
+        self._quick, self._first = _Quick(*parts), BatchReader(*parts)
         self._quick.seeds_itself = reader.seeds_itself or harmless
         self._quick._randomness, self._first._randomness = _OnlyTorch(), _Watching(*reader._inside)
+        self._ready = reader.dataset if harmless and reader.single and reader.collate is as_it_is else None
         self.draws = None if not self._quick.seeds_itself else False
         self._canary = _Canary(derive_seed(reader.seed, "canary"))
 
@@ -116,16 +158,26 @@ class DirectReader:
 
     def _read(self, ticket):
         "The parcel of a ticket"
+        if self._ready is not None:
+            return Parcel(self._ready[ticket[2][0]], 1)
         if self.draws is None:
             parcel = self._first.__getitems__(ticket)
             self.draws = self._first._randomness.used
             return parcel
         if self._quick.seeds_itself:
             return self._quick.__getitems__(ticket)
-        if not self.draws:
-            with self._canary.watched():
-                parcel = self._quick.__getitems__(ticket)
-                self.draws = not self._canary.sings
-            if not self.draws:
-                return parcel
-        return self._reader.__getitems__(ticket)
+        parcel = None if self.draws else self._watched(ticket)
+        return self._reader.__getitems__(ticket) if self.draws else parcel
+
+    def _watched(self, ticket):
+        "The parcel of a ticket, read while the canary watches"
+        generator = torch.default_generator
+        state = generator.get_state()
+        self._canary.begin()
+        try:
+            parcel = self._quick._read(*ticket)
+            self.draws = not self._canary.sings
+        finally:
+            self._canary.end()
+            generator.set_state(state)
+        return parcel

@@ -63,7 +63,7 @@ def batch_weight(
 ) -> float | torch.Tensor:  # In images; a 0-dim tensor on the device where not all pixels count alike
     "How much a batch counts: its number of images, or the weight of its valid pixels in units of one image. Never synchronises the device."
     if ignore_index is None and pixel_weights is None:
-        return float(len(masks))
+        return float(masks.shape[0])
     if pixel_weights is None:
         return (masks != ignore_index).sum() / max(masks[0].numel(), 1)
     labels = masks.long()

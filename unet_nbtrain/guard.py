@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .core import unwrap
+from .quick_step import quick_step
 
 # %% ../nbs/12_guard.ipynb #37dc7a6e
 class Verdict(NamedTuple):
@@ -182,15 +183,8 @@ class FiniteGuard(_Judge):
         verdict: Verdict,  # Of `judge`
     ) -> None:
         "Let the optimizer step, unless the verdict is against it."
-        if verdict.known:
-            return
-        if verdict.known is None:
-            optimizer.grad_scale, optimizer.found_inf = None, verdict.flag
-        try:
-            optimizer.step()
-        finally:
-            if verdict.known is None:
-                del optimizer.grad_scale, optimizer.found_inf
+        if not verdict.known:
+            quick_step(optimizer, verdict.flag if verdict.known is None else None)
 
 # %% ../nbs/12_guard.ipynb #68474ad3
 _TOGETHER = 16  # Flags that are read at once; each reading waits for the device

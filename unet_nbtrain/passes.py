@@ -64,7 +64,7 @@ class _Fitting(_Forward):
 
     def _parts(self, images, masks):
         "A batch in as many parts as the memory asks for, usually one"
-        self._batch_images = len(images)
+        self._batch_images = images.shape[0]
         if self.parts_per_batch == 1:
             return ((images, masks),)
         return zip(images.chunk(self.parts_per_batch), masks.chunk(self.parts_per_batch))
@@ -178,7 +178,7 @@ class _Training(_Learning):
             alone = group == 0 and self.parts_per_batch == 1 and (size == 1 or self.batch + 1 == self.num_batches)
             loss, weight = self._learn(images, masks, alone)
             group, weights = group + 1, weights + weight
-            self._start_batch, self.batch, self._images = self._start_batch + 1, self.batch + 1, self._images + len(images)
+            self._start_batch, self.batch, self._images = self._start_batch + 1, self.batch + 1, self._images + images.shape[0]
             if group >= size or self.batch == self.num_batches:
                 self._optimizer_step(None if alone else weights)
                 group, weights = 0, 0.0
