@@ -132,7 +132,7 @@ class _Quick(BatchReader):
         if parts[0] != "collate" or self.collate not in _COLLATES:
             super()._start(*parts)
 
-
+# %% ../nbs/07_direct.ipynb #aaf5aa71
 class DirectReader:
     "The parcels of a pass, read in this thread. To read: `draws`, whether the data set uses random numbers of Python or NumPy; `None` before the first batch."
 
