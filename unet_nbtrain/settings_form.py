@@ -86,7 +86,11 @@ _FIXED = (
     ("precision", "It is chosen with the device. Make a new trainer with amp=…"),
     ("device", "The weights lie there. Make a new trainer with device=…"),
     ("seed", "All randomness of the run follows from it. Make a new trainer with seed=…"),
+    ("computing", "It is prepared when a run begins. Set trainer.compile, cuda_graph, channels_last, checkpoint or memory_budget before Start."),
 )
+
+
+_USUAL = {"compile": "off", "cuda_graph": False, "channels_last": "auto", "checkpoint": "none", "memory_budget": None}
 
 
 def fixed_settings(
@@ -97,7 +101,9 @@ def fixed_settings(
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     kinds = (type(part).__name__ if part is not None else "none" for part in (trainer.optimizer, trainer.criterion, trainer.scheduler))
     precision = str(trainer.amp_dtype).rpartition(".")[2] if trainer.amp_dtype else "float32"
-    values = (size or "unknown", *kinds, precision, trainer.device, trainer.seed)
+    modes = {name: getattr(trainer, name, usual) for name, usual in _USUAL.items()}
+    computing = ", ".join(f"{name}={value!r}" for name, value in modes.items() if value != _USUAL[name]) or "plain"
+    values = (size or "unknown", *kinds, precision, trainer.device, trainer.seed, computing)
     return [(name, str(value), why) for (name, why), value in zip(_FIXED, values)]
 
 # %% ../nbs/16_settings_form.ipynb #50aa9fa6

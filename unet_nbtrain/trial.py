@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .core import length_of, move, split_batch
+from .core import dataset_attribute, length_of, move, split_batch
 from .epoch import check_batch
 from .text import format_duration, format_rate, short_number
 from .widgets import free_clicks, widgets
@@ -85,8 +85,11 @@ class Twin:
         check_batch(images, masks, trainer.n_classes, trainer.ignore_index)
         for group, share in zip(self.optimizer.param_groups, self._shares):
             group["lr"] = group["lr"] if rate is None else rate * share
+        images, masks = move(images, masks, trainer.device, channels_last=trainer.device.type == "cuda")
+        if (change := dataset_attribute(trainer.train_loader, "batch_transform")) is not None:
+            images, masks = change(images, masks, 0, 0)
         with torch.enable_grad():
-            loss, _ = trainer.training_step(*move(images, masks, trainer.device, channels_last=trainer.device.type == "cuda"))
+            loss, _ = trainer.training_step(images, masks)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         self.optimizer.step()
