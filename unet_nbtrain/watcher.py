@@ -274,5 +274,7 @@ class DataCheck:
 def _report(loader, n_classes, ignore_index):
     "What is in the masks of a loader"
     dataset = loader.dataset  # A list of batches or a generator has none, and is not looked at
+    if getattr(loader, "batch_sampler", loader) is None:
+        raise TypeError("The items of this data set are whole batches.")
     limit = _OURS if hasattr(dataset, "arrays") else _FOREIGN
     return describe_masks(dataset, n_classes=n_classes, ignore_index=ignore_index, limit=limit)
