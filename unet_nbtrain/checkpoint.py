@@ -18,6 +18,7 @@ from torch import nn
 from .contents import CheckpointError, NonFiniteError, Sealing, check_archive, check_tensors, find_nonfinite, misformed, walk
 from .core import unwrap
 from .disk import sweep, why_not_written, write_whole
+from .files import Settled, unsettled
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def to_plain(
     where: str = "state",  # The name of the value, for the error
 ) -> object:  # The same, of types that `torch.load(weights_only=True)` reads
     "The state with every value of a type that loads safely; raises `CheckpointError` that names an entry which has none."
-    if value is None or type(value) in (bool, int, float, str, bytes, Counter, torch.Size, torch.dtype):
+    if value is None or type(value) in (bool, int, float, str, bytes, Counter, Settled, torch.Size, torch.dtype):
         return value
     if isinstance(value, torch.Tensor):
         return value.detach()
@@ -78,14 +79,15 @@ _CURE = "Load an earlier checkpoint, and lower the learning rate or set gradient
 def _write(state, file):
     "The archive and its seal"
     sealing = Sealing(file)
-    torch.save(state, sealing)
+    torch.save(unsettled(state), sealing)
     sealing.seal()
 
 
-def _bytes_of(state):
-    "About how many bytes a state takes as a file"
-    storages, rest = {}, 4096
+def _bytes_of(state, rest=4096):
+    "About how many bytes a state takes as a file; of settled values the last one stands for all"
+    storages = {}
     for _, value in walk(state):
+        rest += len(value) * _bytes_of(value[-1:], 0) if isinstance(value, Settled) else 0
         rest += 512 if isinstance(value, torch.Tensor) else len(value) + 16 if isinstance(value, (str, bytes)) else 24
         if isinstance(value, torch.Tensor) and value.layout == torch.strided:
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()

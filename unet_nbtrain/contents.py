@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 import torch
 
+from .files import Settled
+
 # %% ../nbs/10_contents.ipynb #42dad1d2
 class CheckpointError(ValueError):
     "A checkpoint cannot be written, read or fitted to the model; the message says which file, why, and what to do."
@@ -143,11 +145,11 @@ def walk(
     state: object,  # Nested dictionaries and lists
     where: str = "state",  # What the whole is called
 ) -> Iterator[tuple[str, object]]:  # Pairs such as `("state['epoch']", 3)`
-    "Every value that is no container, with its place; raises `CheckpointError` if it is nested beyond reason."
+    "Every value that is no container, or a `Settled` list, with its place; raises `CheckpointError` if it is nested beyond reason."
     todo, seen = [(where, state, 0)], set()
     while todo:
         where, value, depth = todo.pop()
-        if not isinstance(value, (Mapping, list, tuple, set)):
+        if not isinstance(value, (Mapping, list, tuple, set)) or isinstance(value, Settled):
             yield where, value
         elif depth > _DEPTH:
             raise CheckpointError(f"{where[:500]}… is nested too deeply for a checkpoint.")

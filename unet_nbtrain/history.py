@@ -12,18 +12,18 @@ import os
 from pathlib import Path
 
 from .files import atomic_write, csv_rows, csv_text, find_value, parse_file, to_json
-from .records import RunRecord
+from .records import RunRecord, without_copies
 from .text import format_duration, format_rate, html_table, short_number, shown_positions, text_table
 
 # %% ../nbs/09_history.ipynb #87afd762
 _FORMAT = "unet_nbtrain.history"
 
 
-def _to_json(state):
-    "The text of a history file: one line a row, one line a mark"
-    lists = {key: ",\n  ".join(map(to_json, state[key])) for key in ("rows", "events")}
+def _to_json(lines, class_names):
+    "The text of a history file, from the lines of its rows and marks"
+    lists = {key: ",\n  ".join(lines[key]) for key in ("rows", "events")}
     body = ",\n".join(f' "{key}": [\n  {text}\n ]' if text else f' "{key}": []' for key, text in lists.items())
-    return f'{{"format": "{_FORMAT}", "version": 1, "class_names": {to_json(state["class_names"] or [])},\n{body}\n}}\n'
+    return f'{{"format": "{_FORMAT}", "version": 1, "class_names": {to_json(class_names or [])},\n{body}\n}}\n'
 
 
 def _from_json(text):
@@ -37,6 +37,15 @@ def _from_json(text):
 class _Files(RunRecord):
     "The record on disk"
 
+    _lines = ((), ())  # What was written last: rows and marks, and the JSON of each
+
+    def _to_lines(self, state):
+        "The JSON of each row and mark; only what was not there the last time is made anew"
+        known = {id(item): text for item, text in zip(*self._lines)}
+        lines = {key: [known.get(id(item)) or to_json(item) for item in state[key]] for key in ("rows", "events")}
+        self._lines = state["rows"] + state["events"], lines["rows"] + lines["events"]
+        return lines
+
     @classmethod
     def _restored(cls, state):
         "A history with this state"
@@ -49,7 +58,8 @@ class _Files(RunRecord):
         path: str | os.PathLike,  # For example `'runs/a/history.json'`
     ) -> Path:  # The path written
         "Write everything as JSON, atomically; NaN and infinity become `null`. Raises `OSError`."
-        return atomic_write(path, _to_json(self.state_dict()))
+        state = without_copies(self.state_dict)
+        return atomic_write(path, _to_json(self._to_lines(state), state["class_names"]))
 
     @classmethod
     def load(

@@ -20,6 +20,7 @@ from .checks import describe_parts, keepable
 from .contents import NonFiniteError
 from .core import unwrap
 from .disk import FolderLock, sweep
+from .records import without_copies
 from .restoring import Resuming
 from .state import TrainerState
 from .writer import Writer
@@ -108,13 +109,13 @@ class _Writing(_Positioned):
         if self._writer is not None:
             self._writer.flush()
         given = {"epoch": epoch, "optimizer_state_dict": optimizer_state, "scheduler_state_dict": scheduler_state}
-        return save_file(self.state_dict() | {k: v for k, v in given.items() if v is not None}, path)
+        return save_file(without_copies(self.state_dict) | {k: v for k, v in given.items() if v is not None}, path)
 
     def _save(self, path=None, also=()):
         "Write into the run's folder and wait for the disk; the path, or `None` if it refused"
         self._finish_writing()
         try:
-            written = self._folder.save(self.state_dict(), path, also)
+            written = self._folder.save(without_copies(self.state_dict), path, also)
         except (CheckpointError, MemoryError) as error:
             return self._not_written(error, also)
         self._written(also)
@@ -136,7 +137,7 @@ class _Aside(_Writing):
 
         names = [*also, *([path] if path else [])]
         try:
-            self._writer.put(state or self.state_dict(), write, replaceable=not names and then is None, note=names)
+            self._writer.put(state or without_copies(self.state_dict), write, replaceable=not names and then is None, note=names)
         except (CheckpointError, MemoryError) as error:
             self._not_written(error, names)
 
@@ -167,7 +168,7 @@ class _Outcome(_Aside):
         owed = [name for name in (self._folder.best, self._folder.numbered("top", best or 0)) if name in self._owed]
         self._owed = frozenset()
         if owed and self.best_weights.available:
-            state = self.state_dict()
+            state = without_copies(self.state_dict)
             training = state.get("training_model_state_dict", state["model_state_dict"])
             state |= {"model_state_dict": self.best_weights.state_dict(), "training_model_state_dict": training, "carries_best": True}
             self._save_aside(owed[1:], state=state, path=owed[0])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .checkpoint import to_plain
+from .files import Settled
 
 # %% ../nbs/12_writer.ipynb #436d497b
 class HostCopy:
@@ -24,7 +25,7 @@ class HostCopy:
     def take(
         self,
         state: Mapping,  # Nested; what `to_plain` accepts
-    ) -> dict:  # Tensors in main memory; sharing nothing with `state`
+    ) -> dict:  # Tensors in main memory; sharing nothing with `state` but settled values
         "Copy a state; the copy that was taken before is overwritten. Raises `CheckpointError` for an entry that no file can hold."
         self._old, self._buffers, self._done = self._buffers, {}, {}
         copy = self._copy(to_plain(state), ())
@@ -34,6 +35,8 @@ class HostCopy:
     def _copy(self, value, where):
         if isinstance(value, torch.Tensor):
             return self._tensor(value, where)
+        if isinstance(value, Settled):
+            return Settled(value)
         if isinstance(value, Mapping):
             return type(value)({key: self._copy(item, (*where, key)) for key, item in value.items()})
         if isinstance(value, (list, tuple, set)) and type(value) is not torch.Size:
