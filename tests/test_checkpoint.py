@@ -7,14 +7,18 @@ import random
 import struct
 import threading
 import zipfile
+from collections import Counter
 from copy import deepcopy
 
 import pytest
 import torch
 from ckpttools import Net, contents, equal, message_of, trainer_in
 
-from unet_nbtrain import checkpoint, contents as contents_room, disk
+from unet_nbtrain import checkpoint, contents as contents_room, disk, files as files_room, history as history_room
 from unet_nbtrain.checkpoint import CheckpointError, CheckpointFolder, load_file, save_file
+from unet_nbtrain.files import QuickPickle
+from unet_nbtrain.loggers import HistoryFiles
+from unet_nbtrain.writer import HostCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FULL = os.environ.get("FULL") == "1"
@@ -361,6 +365,64 @@ def test_files_beside_the_training_are_those_of_the_training_thread(tmp_path):
     assert [state["epoch"] for state in files] == [1, 2, 3, 4, 5] and [len(state["history"]["rows"]) for state in files] == [1, 2, 3, 4, 5]
     assert all(equal(dict(state["model_state_dict"]), weights) for state, weights in zip(files, seen, strict=True))
     assert not any(thread.name == "unet-writer" for thread in threading.enumerate())
+
+
+def steps_of_an_epoch(folder, rows, monkeypatch):
+    """How often the walks over a state take a step in the third epoch after so many, with everything written"""
+    steps, seen = Counter(), []
+
+    def count(place, name):
+        original = getattr(place, name)
+
+        def counted(*args, **options):
+            steps[name, place.__name__] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(place, name, counted)
+
+    def walk(*args):
+        for found in original_walk(*args):
+            steps["walk"] += 1
+            yield found
+
+    class Look:
+        def on_epoch_end(self, trainer, row):
+            trainer._writer.flush()
+            seen.append(Counter(steps))
+
+    original_walk = contents_room.walk
+    trainer = trainer_in(folder, observers=[HistoryFiles(folder), Look()])
+    trainer.history.load_state_dict({"rows": [{"epoch": i, "val": {"loss": 1.0, "of": [1, 2]}} for i in range(1, rows + 1)], "events": []})
+    trainer.current_epoch = rows
+    with monkeypatch.context() as monkeypatch:
+        for place, name in ((checkpoint, "to_plain"), (files_room, "to_plain"), (HostCopy, "_copy"), (history_room, "to_json")):
+            count(place, name)
+        monkeypatch.setattr(checkpoint, "walk", walk)
+        monkeypatch.setattr(contents_room, "walk", walk)
+        trainer.train(3)
+    assert trainer.history.rows[-1]["epoch"] == rows + 3
+    return trainer, seen[2] - seen[1]
+
+
+def test_the_end_of_an_epoch_does_not_walk_over_the_rows_of_earlier_ones(tmp_path, monkeypatch):
+    """Copying, checking and writing take as many steps after 400 epochs as after 4; the file has plain lists, and so has the state for users"""
+    (few, wanted), (many, found) = (steps_of_an_epoch(tmp_path / str(rows), rows, monkeypatch) for rows in (4, 400))
+    assert found == wanted and len(found) == 5 and min(found.values()) > 0
+    for trainer, state in ((o, s) for o in (few, many) for s in (load_file(o.checkpoint_dir / "last.pth"), o.state_dict())):
+        record = state["history"]
+        assert type(record["rows"]) is list and type(record["events"]) is list and repr(record["rows"]) == repr(trainer.history.rows)
+        assert record["rows"][0] is not trainer.history.rows[0]
+    torch.save(many.state_dict()["history"], tmp_path / "record.pth")
+    assert repr(torch.load(tmp_path / "record.pth", weights_only=True)["rows"]) == repr(many.history.rows)
+
+
+def test_the_quick_pickler_writes_the_same_bytes():
+    buffers = [io.BytesIO(), io.BytesIO()]
+    weight = torch.ones(3)
+    state = {"w": weight, "same": weight[1:], "rows": [{"epoch": 1, "val": {"loss": 0.5}, "best": True}], "shape": weight.shape, "kind": weight.dtype}
+    for buffer, options in zip(buffers, ({}, {"pickle_module": QuickPickle})):
+        torch.save(state, buffer, **options)
+    assert buffers[0].getvalue() == buffers[1].getvalue()
 
 
 def test_fine_tuning_takes_what_fits_and_begins_anew(run, tmp_path):

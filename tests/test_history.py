@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from unet_nbtrain.files import atomic_write, csv_rows, csv_text, to_json, to_plain
+from unet_nbtrain import history as history_room
+from unet_nbtrain.files import Settled, atomic_write, csv_rows, csv_text, to_json, to_plain
 from unet_nbtrain.history import History
+from unet_nbtrain.records import without_copies
 from unet_nbtrain.text import html_table, shown_positions
 
 
@@ -388,3 +390,55 @@ def test_a_misspelt_metric_in_a_plot_lists_the_columns():
     with pytest.raises(KeyError, match="val.dise.*val.dice"):
         history.plot("dise")
     assert len(History().plot("dise", dpi=20).axes) == 3
+
+
+# Long runs
+
+
+def long_history(count):
+    history = History()
+    history.load_state_dict({"rows": [{"epoch": epoch, "val": {"loss": 1 / epoch}} for epoch in range(1, count + 1)], "events": []})
+    return history
+
+
+def test_a_save_makes_the_text_of_new_rows_only(tmp_path, monkeypatch):
+    "The text of old rows is kept, as long as they are the same rows: not after a rewind, and not in a copy that goes its own way"
+    made = []
+    monkeypatch.setattr(history_room, "to_json", lambda value: made.append(value) or to_json(value))
+    history = long_history(50)
+    history.mark("set", 1, 1, "lr")
+    history.save(tmp_path / "h.json")
+    for epoch in (51, 52):
+        made.clear()
+        history.append({"epoch": epoch, "val": {"loss": 0.5}})
+        history.save(tmp_path / "h.json")
+        assert made == [history.rows[-1], []], "the new row, and the names of the classes"
+    other = pickle.loads(pickle.dumps(history))
+    for record in (history, other, copy.deepcopy(history)):
+        record.truncate(48)
+        record.append({"epoch": 49, "val": {"loss": 7.0}})
+        assert History.load(record.save(tmp_path / "h.json")).rows == record.rows and len(record) == 49
+    assert (tmp_path / "h.json").read_text() == History.load(tmp_path / "h.json").save(tmp_path / "new.json").read_text()
+
+
+def test_a_long_history_is_not_built_row_by_row(monkeypatch):
+    "`append` makes a new tuple each time: 20,000 of them took seconds"
+    monkeypatch.setattr(History, "append", lambda *args: pytest.fail("a tuple for each row"))
+    assert long_history(300)["epochs"] == list(range(1, 301))
+
+
+def test_rows_are_lent_to_one_thread_only(tmp_path):
+    "While one thread reads without copies, another gets copies; what was lent is a list of its own, and passes through `files.to_plain` as plain data"
+    history, found = long_history(2), []
+
+    def read():
+        thread = threading.Thread(target=lambda: found.append(history.state_dict()["rows"]))
+        thread.start()
+        thread.join()
+        return history.state_dict()["rows"]
+
+    lent = without_copies(read)
+    history.append({"epoch": 3})
+    assert type(lent) is Settled and len(lent) == 2 and lent[0] is history.rows[0]
+    assert type(found[0]) is list and found[0] == lent and found[0][0] is not history.rows[0] and found[0][0]["val"] is not history.rows[0]["val"]
+    assert type(history.state_dict()["rows"]) is list and type(to_plain(lent)) is list

@@ -18,7 +18,7 @@ from torch import nn
 from .contents import CheckpointError, NonFiniteError, Sealing, check_archive, check_tensors, find_nonfinite, misformed, walk
 from .core import unwrap
 from .disk import sweep, why_not_written, write_whole
-from .files import Settled, unsettled
+from .files import QuickPickle, Settled, unsettled
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ _CURE = "Load an earlier checkpoint, and lower the learning rate or set gradient
 def _write(state, file):
     "The archive and its seal"
     sealing = Sealing(file)
-    torch.save(unsettled(state), sealing)
+    torch.save(unsettled(state), sealing, pickle_module=QuickPickle)
     sealing.seal()
 
 

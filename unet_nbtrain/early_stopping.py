@@ -84,7 +84,7 @@ class _Watched:
         metrics = row.get("val")
         if not metrics:
             return None
-        numbers = _numbers(metrics)
+        numbers = metrics if isinstance(metrics.get(self.monitor), Real) else _numbers(metrics)
         if self.monitor not in numbers:
             raise ValueError(f"The validation has no metric {self.monitor!r}; it has: {', '.join(numbers)}.")
         value = numbers[self.monitor]
