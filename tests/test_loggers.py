@@ -14,9 +14,11 @@ import types
 import pytest
 import torch
 
+from unet_nbtrain import tensorboard_logger as tensorboard_room
 from unet_nbtrain.events import Observers
 from unet_nbtrain.history import History
 from unet_nbtrain.loggers import HistoryFiles, ProgressBar, RunLog, TensorBoardLogger
+from unet_nbtrain.records import best_row
 from unet_nbtrain.run_log import configure_logging, describe_run, epoch_line, is_on_console
 from unet_nbtrain.tensorboard_logger import prediction_sheet, scalars
 
@@ -108,6 +110,24 @@ def test_no_step_is_doubled_after_a_crash_and_a_resume(tmp_path, resumed_from):
     time.sleep(0.01)
     again.train()
     assert steps(tmp_path) == list(range(1, 9)) and not doubled(tmp_path)
+
+
+def test_a_long_run_in_an_empty_folder_looks_at_each_row_a_few_times(tmp_path, monkeypatch):
+    "All rows are written anew, each with the best one of its time, and not by looking at all rows for each"
+    looked = []
+    monkeypatch.setattr(tensorboard_room, "best_row", lambda rows: looked.append(len(rows)) or best_row(rows))
+    trainer = Trainer(TensorBoardLogger(tmp_path))
+    for epoch, loss in enumerate([3.0, math.nan, 1.0, 2.0] * 10, 1):
+        trainer.history.append({"epoch": epoch, "val": {"loss": loss + 1 / epoch}})
+    trainer.current_epoch = trainer.total_epochs = 40
+    trainer.train()
+    shown = [value for _, value in read_back(tmp_path)["validation"]["Best/Loss"]]
+    wanted = []
+    for epoch in range(1, 41):
+        past = trainer.history.snapshot()
+        past.truncate(epoch)
+        wanted.append(past.best["val"]["loss"])
+    assert shown == pytest.approx(wanted) and sum(looked) < 2.5 * 40
 
 
 def test_three_sessions_in_one_second(tmp_path):

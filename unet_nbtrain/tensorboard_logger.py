@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .overlays import sample_rows, tile
+from .records import best_row
 from .run_log import describe_run
 
 # %% ../nbs/12_tensorboard_logger.ipynb #0d6300b5
@@ -154,8 +155,10 @@ class _Contents(_Writers):
         history = trainer.history
         missing = _missing_rows(self.log_dir, history.rows, history.class_names)
         self._open(missing[0]["epoch"] if missing else trainer.current_epoch + 1)
+        best = best_row(history.rows[: len(history) - len(missing)])
         for row in missing:
-            self._write_numbers(history, row)
+            best = best_row([row] if best is None else [best, row])
+            self._write_numbers(history.class_names, row, best)
         settings = {name: value for name, value in describe_run(trainer).items() if name not in ("current_epoch", "total_epochs", "global_step")}
         *start, self._end = hparams(settings, {f"Best/{name}": 0.0 for name in ("Loss", "Dice", "IoU")})
         for part in start:
@@ -165,17 +168,16 @@ class _Contents(_Writers):
         if self._last is not None and row["epoch"] <= self._last:
             self._open(row["epoch"])
         self._last = row["epoch"]
-        self._write_numbers(trainer.history, row, _gpu_memory(trainer.device))
+        best = best_row([old for old in trainer.history.rows if old["epoch"] <= row["epoch"]])
+        self._write_numbers(trainer.history.class_names, row, best, _gpu_memory(trainer.device))
         if time.monotonic() >= self._next_picture:
             self._show(trainer)
         for writer in self._writers.values():
             writer.flush()
 
-    def _write_numbers(self, history, row, more=()):
+    def _write_numbers(self, class_names, row, best, more=()):
         "The numbers of a row, and those of the epoch that was the best one then"
-        past, found = history.snapshot(), scalars(row, history.class_names)
-        past.truncate(row["epoch"])
-        best = (past.best or {"val": {}})["val"]
+        found, best = scalars(row, class_names), (best or {"val": {}})["val"]
         found["train"] |= dict(more)
         found["validation"] |= {f"Best/{_TITLES[name]}": best[name] for name in ("loss", "dice", "iou") if name in best}
         for run, numbers in found.items():
