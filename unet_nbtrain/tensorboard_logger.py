@@ -152,13 +152,12 @@ class _Contents(_Writers):
     def _begin(self, trainer):
         from torch.utils.tensorboard.summary import hparams
 
-        history = trainer.history
-        missing = _missing_rows(self.log_dir, history.rows, history.class_names)
+        rows, class_names = trainer.history.rows, trainer.history.class_names
+        missing = _missing_rows(self.log_dir, rows, class_names)
         self._open(missing[0]["epoch"] if missing else trainer.current_epoch + 1)
-        best = best_row(history.rows[: len(history) - len(missing)])
+        best = best_row(rows[: len(rows) - len(missing)])
         for row in missing:
-            best = best_row([row] if best is None else [best, row])
-            self._write_numbers(history.class_names, row, best)
+            self._write_numbers(class_names, row, best := best_row([row] if best is None else [best, row]))
         settings = {name: value for name, value in describe_run(trainer).items() if name not in ("current_epoch", "total_epochs", "global_step")}
         *start, self._end = hparams(settings, {f"Best/{name}": 0.0 for name in ("Loss", "Dice", "IoU")})
         for part in start:
@@ -168,8 +167,8 @@ class _Contents(_Writers):
         if self._last is not None and row["epoch"] <= self._last:
             self._open(row["epoch"])
         self._last = row["epoch"]
-        best = best_row([old for old in trainer.history.rows if old["epoch"] <= row["epoch"]])
-        self._write_numbers(trainer.history.class_names, row, best, _gpu_memory(trainer.device))
+        past = [old for old in trainer.history.rows if old["epoch"] <= row["epoch"]]
+        self._write_numbers(trainer.history.class_names, row, best_row(past), _gpu_memory(trainer.device))
         if time.monotonic() >= self._next_picture:
             self._show(trainer)
         for writer in self._writers.values():
@@ -177,7 +176,7 @@ class _Contents(_Writers):
 
     def _write_numbers(self, class_names, row, best, more=()):
         "The numbers of a row, and those of the epoch that was the best one then"
-        found, best = scalars(row, class_names), (best or {"val": {}})["val"]
+        found, best = scalars(row, class_names), best["val"] if best else {}
         found["train"] |= dict(more)
         found["validation"] |= {f"Best/{_TITLES[name]}": best[name] for name in ("loss", "dice", "iou") if name in best}
         for run, numbers in found.items():
