@@ -449,3 +449,10 @@ def test_a_bomb_and_a_tensor_that_claims_too_much(tmp_path):
     (tmp_path / "grown.pth").write_bytes(rewritten(tmp_path / "plain.pth", grow))
     message = message_of(load_file, tmp_path / "grown.pth")
     assert "claims 100,000,000 elements" in message or "not resizable" in message  # Newer versions of PyTorch refuse it themselves
+
+
+def test_a_state_that_somebody_saves_with_torch_itself_loads_safely(tmp_path):
+    trainer = trainer_in(tmp_path)
+    trainer.train(1)
+    torch.save(trainer.state_dict(), tmp_path / "own.pth")
+    assert equal(torch.load(tmp_path / "own.pth", weights_only=True)["model_state_dict"], dict(trainer.model.state_dict()))

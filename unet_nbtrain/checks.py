@@ -151,7 +151,7 @@ def describe_parts(
         "images": length_of(getattr(loader, "dataset", None)),
         "names": zlib.crc32("\n".join(map(str, dataset_attribute(loader, "names") or ())).encode("utf-8", "backslashreplace")),
         "batches": length_of(loader),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
 

@@ -47,7 +47,7 @@ class _Saving(Resuming, TrainerState):
             "history": self.history.state_dict(),
             "settings": self.changed_settings,
             "seed": self.seed,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         }
 
     def _weights_state(self):
