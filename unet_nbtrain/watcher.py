@@ -213,7 +213,10 @@ class Farewell:
 @atexit.register
 def _say_farewell(panels=_open):
     for panel in list(panels):
-        panel.say()
+        try:
+            panel.say()
+        except Exception:
+            _log.exception("A panel could not say that its kernel ends.")
 
 # %% ../nbs/16_watcher.ipynb #eeb8a38b
 @contextmanager
@@ -270,11 +273,10 @@ class DataCheck:
         self._done.set()
         self._tell()
 
-
+# %% ../nbs/16_watcher.ipynb #1e70f095
 def _report(loader, n_classes, ignore_index):
     "What is in the masks of a loader"
-    dataset = loader.dataset  # A list of batches or a generator has none, and is not looked at
-    if getattr(loader, "batch_sampler", loader) is None:
-        raise TypeError("The items of this data set are whole batches.")
-    limit = _OURS if hasattr(dataset, "arrays") else _FOREIGN
-    return describe_masks(dataset, n_classes=n_classes, ignore_index=ignore_index, limit=limit)
+    if not hasattr(loader, "dataset") or getattr(loader, "batch_sampler", loader) is None:
+        raise TypeError("The loader has no single images, only batches.")
+    limit = _OURS if hasattr(loader.dataset, "arrays") else _FOREIGN
+    return describe_masks(loader.dataset, n_classes=n_classes, ignore_index=ignore_index, limit=limit)
