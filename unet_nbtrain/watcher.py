@@ -139,7 +139,7 @@ class Pump:
     a training goes on, even a paused one; `painter.busy()` whether it computes just now.
     """
 
-    TEXT_EVERY, SIGN_OF_LIFE = 0.25, 1.0  # Seconds
+    TEXT_EVERY, SIGN_OF_LIFE = 0.5, 1.0  # Seconds
 
     def __init__(
         self,
