@@ -2162,7 +2162,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'unet_nbtrain.ways._Held': ('ways.html#_held', 'unet_nbtrain/ways.py'),
                                    'unet_nbtrain.ways._Held.__init__': ('ways.html#_held.__init__', 'unet_nbtrain/ways.py'),
                                    'unet_nbtrain.ways._outcome': ('ways.html#_outcome', 'unet_nbtrain/ways.py'),
-                                   'unet_nbtrain.ways.add_counted': ('ways.html#add_counted', 'unet_nbtrain/ways.py'),
                                    'unet_nbtrain.ways.captured': ('ways.html#captured', 'unet_nbtrain/ways.py'),
                                    'unet_nbtrain.ways.compiler_options': ('ways.html#compiler_options', 'unet_nbtrain/ways.py'),
                                    'unet_nbtrain.ways.difference': ('ways.html#difference', 'unet_nbtrain/ways.py'),

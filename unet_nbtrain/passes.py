@@ -17,7 +17,6 @@ from .guard import is_out_of_memory
 from .modes import Modes
 from .saving import ResumableState
 from .steps import RolledBack, Steps
-from .ways import add_counted
 
 # %% ../nbs/16_passes.ipynb #9d0aa4ef
 def _counted(loss, weight):
@@ -55,7 +54,7 @@ class _Forward(Modes, ResumableState, Gate, Steps):
         if counts is None:
             meter.update(loss, weight, logits, masks)
         else:
-            add_counted(meter, loss, weight, counts)
+            meter.add_counts(loss, weight, *counts)
         return loss, weight, logits
 
 # %% ../nbs/16_passes.ipynb #1dc2fa34
