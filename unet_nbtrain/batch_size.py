@@ -21,6 +21,7 @@ from .epoch import EpochMeter
 from .guard import is_out_of_memory
 from .text import text_table
 from .trial import Twin, no_trace, some_batches
+from .ways import searched_kernels
 
 # %% ../nbs/18_batch_size.ipynb #bde0884b
 def largest_that(
@@ -57,10 +58,10 @@ class _Sized:
         return 1
 
 
-def _batch_of(sample, size, device):
+def _batch_of(sample, size, trainer):
     "A batch of copies of one image"
     images, masks = (part[:1].expand(size, *part.shape[1:]).contiguous() for part in sample)
-    return move(images, masks, device, channels_last=device.type == "cuda")
+    return move(images, masks, trainer.device, channels_last=trainer._wants_channels_last())
 
 
 def _waited(device):
@@ -110,7 +111,7 @@ def _clear(device):
 def _steps(trainer, sample, size, steps):
     "How long a step takes, and the peak of the memory"
     device = trainer.device
-    images, masks = _batch_of(sample, size, device)
+    images, masks = _batch_of(sample, size, trainer)
     with _double(trainer, size) as double, torch.enable_grad():
         for _ in range(2):
             _one_step(double, images, masks)
@@ -178,7 +179,7 @@ def auto_batch(
         raise RuntimeError(f"This trainer is {trainer.run.state}. Look for a batch size before the run.")
     if trainer.device.type != "cuda" and most is None:
         raise ValueError("The CPU has no memory of its own that could be filled, so there is no largest batch. To compare speeds, say how far: auto_batch(trainer, most=32).")
-    with no_trace(trainer.device):
+    with no_trace(trainer.device), searched_kernels([], not trainer.deterministic):
         sample = split_batch(some_batches(trainer.train_loader)[0])
         limit = _free(trainer.device, headroom)
         return _search(trainer, sample, most or 512, limit)

@@ -174,7 +174,7 @@ class Carrier:
         masks: torch.Tensor,  # As for `move`
     ) -> tuple[torch.Tensor, torch.Tensor]:  # As from `move`
         "A batch on the device, fit for use in the current stream."
-        if self._stream is None:
+        if self._stream is None or images.is_cuda or masks.is_cuda:
             return move(images, masks, self.device, self.channels_last)
         computing = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):

@@ -27,6 +27,7 @@ class Stopped(Exception):
 class _Sources(TrainerState):
     "A feed for each of the two loaders, from the start of a run to its end"
 
+    channels_last = "auto"  # Memory layout of images: channels last on CUDA, or as a boolean says
     watchdog_seconds = 30.0  # Without a batch, after which that is told
     guarantees = {}  # What a resume can promise with the loaders `'train'` and `'val'`, each with `level` and `sentence`
     _feeds, _bad_in_validation = {}, 0
@@ -47,6 +48,9 @@ class _Sources(TrainerState):
             self.guarantees = {**self.guarantees, phase: feed.guarantee}
         feed.patience = self.watchdog_seconds
         return feed
+
+    def _wants_channels_last(self):
+        return self.device.type == "cuda" if self.channels_last == "auto" else self.channels_last
 
     def _samples_of(self, epoch, batch):
         return self._feed_of("train", self.train_loader).samples(epoch, batch)
@@ -72,7 +76,7 @@ class _Obeying(_Sources):
         if run is None or run.ended or not self._at_boundary:
             return
         if self._bad_steps.due or self._poisoned or (run.pending and self._bad_steps.waiting):
-            self._look_at_bad_steps()
+            self._look_at_bad_steps(wait=run.pending)
         if run.pending and not run.obey(self.global_step, {"save": self._save_now, "set": self.set}):
             raise Stopped
         if not self.nonfinite_in_a_row:
@@ -88,7 +92,7 @@ class Gate(_Obeying):
         feed = self._feed_of(phase, loader)
         batches, counted = feed.batches(epoch, start), 0
         change = phase == "train" and dataset_attribute(loader, "batch_transform") or _as_it_came
-        carry = Carrier(self.device, channels_last=self.device.type == "cuda")
+        carry = Carrier(self.device, channels_last=self._wants_channels_last())
         try:
             while True:
                 self._obey()

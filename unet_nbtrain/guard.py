@@ -6,7 +6,7 @@
 __all__ = ['Verdict', 'FiniteGuard', 'BadSteps', 'is_out_of_memory']
 
 # %% ../nbs/12_guard.ipynb #d607b170
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from operator import is_not
 from typing import NamedTuple
 
@@ -187,18 +187,41 @@ class FiniteGuard(_Judge):
             quick_step(optimizer, verdict.flag if verdict.known is None else None)
 
 # %% ../nbs/12_guard.ipynb #68474ad3
-_TOGETHER = 16  # Flags that are read at once; each reading waits for the device
-
-
-class BadSteps:
-    "The verdicts of a run in their order: `note` each of them, and `collect` those that were bad."
+class _Sent:
+    "Flags on their way from the device"
 
     def __init__(
         self,
-        in_a_row: int = 0,  # How many there were before this run, without a good one after them
+        flags: list[torch.Tensor],  # 0-dim, all on one device
+    ):
+        beside = flags[0].device.type == "cuda"
+        self._flags = torch.stack(flags).to("cpu", non_blocking=beside)
+        self._event = torch.cuda.current_stream(flags[0].device).record_event() if beside else None
+
+    @property
+    def is_here(self) -> bool:
+        "Whether reading will not wait."
+        return self._event is None or self._event.query()
+
+    def read(self) -> list[float]:
+        "The flags; waits for them."
+        if self._event is not None:
+            self._event.synchronize()
+        return self._flags.tolist()
+
+# %% ../nbs/12_guard.ipynb #81957a4a
+_TOGETHER = 16  # Flags that travel together
+
+
+class _Noted:
+    "Verdicts in their order, and which of them are on their way to the host"
+
+    def __init__(
+        self,
+        in_a_row: int = 0,  # How many bad ones there were before this run, without a good one after them
     ):
         self.in_a_row = in_a_row
-        self._noted = []
+        self._noted, self._sent = [], None
 
     def note(
         self,
@@ -210,25 +233,40 @@ class BadSteps:
             self.in_a_row = 0
             return
         self._noted.append((verdict.flag if verdict.known is None else verdict.known, where))
+        if self._sent is None and len(self._noted) >= _TOGETHER:
+            self._sent = len(self._noted), _Sent(self._flags(self._noted))
+
+    @staticmethod
+    def _flags(noted):
+        return [flag if torch.is_tensor(flag) else torch.tensor(float(flag)) for flag, _ in noted]
 
     @property
     def due(self) -> bool:
-        "Whether it is time to collect: a step is known to be bad, or many wait."
-        return len(self._noted) >= _TOGETHER or (bool(self._noted) and isinstance(self._noted[-1][0], bool))
+        "Whether it is time to collect: a step is known to be bad, or flags have come."
+        return bool(self._noted) and (isinstance(self._noted[-1][0], bool) or (self._sent is not None and self._sent[1].is_here))
 
     @property
     def waiting(self) -> bool:
         "Whether any verdict is not yet looked at."
         return bool(self._noted)
 
-    def collect(self) -> list[tuple[object, int]]:  # Pairs of `where` and how many there were in a row by then
-        "The bad steps since the last call, oldest first. Waits for the device if something was noted."
-        noted, self._noted = self._noted, []
-        flags = [flag for flag, _ in noted if not isinstance(flag, bool)]
-        read: Callable = iter(torch.stack(flags).tolist() if flags else ()).__next__
+# %% ../nbs/12_guard.ipynb #486c4a3c
+class BadSteps(_Noted):
+    "The verdicts of a run in their order: `note` each of them, and `collect` those that were bad."
+
+    def collect(
+        self,
+        wait: bool = True,  # Whether for all of them, however long the device takes; else for those that have come
+    ) -> list[tuple[object, int]]:  # Pairs of `where` and how many there were in a row by then
+        "The bad steps since the last call, oldest first."
+        if not self._noted:
+            return []
+        wait = wait or isinstance(self._noted[-1][0], bool)
+        count, sent = (len(self._noted), _Sent(self._flags(self._noted))) if wait else self._sent or (0, None)
+        noted, self._noted, self._sent = self._noted[:count], self._noted[count:], None
         bad = []
-        for flag, where in noted:
-            self.in_a_row = self.in_a_row + 1 if (flag if isinstance(flag, bool) else read() > 0) else 0
+        for (_, where), flag in zip(noted, sent.read() if noted else ()):
+            self.in_a_row = self.in_a_row + 1 if flag > 0 else 0
             if self.in_a_row:
                 bad.append((where, self.in_a_row))
         return bad

@@ -49,9 +49,6 @@ class _Layout(TrainerState):
         super()._apply(state, path)
         self._match_moments()
 
-    def _laid_out(self, images):
-        return images if self.channels_last == "auto" or images.ndim != 4 else images.contiguous(memory_format=self._format())
-
 # %% ../nbs/15_modes.ipynb #4368a108
 _AUTO_LEVELS, _AUTO_BUDGET = 4, 0.7
 

@@ -46,7 +46,6 @@ class _Forward(Modes, ResumableState, Gate, Steps):
 
     def _forward(self, images, masks, meter):
         "Loss, weight and logits of one part of a batch, added to a meter"
-        images = self._laid_out(images)
         quick = None if self._ways is None else self._computed(images, masks, meter, self.training_step == self._own_step)
         loss, logits, counts = quick or (*self.training_step(images, masks), None)
         weight = batch_weight(masks, self.ignore_index, loss_weights(self.criterion))

@@ -117,11 +117,11 @@ _NAMED = 5  # Bad steps of an epoch that are told one by one
 class Steps(_Stepping):
     "A trainer that can turn gradients into new weights: all of it between the backward pass and the step boundary."
 
-    def _look_at_bad_steps(self):
+    def _look_at_bad_steps(self, wait=True):
         "Tell which steps were bad, and do what the policy says; weights that were refused as a checkpoint are the worst of all"
         if self._poisoned:
             raise RolledBack(self._poisoned)
-        for (step, epoch, first, end), in_a_row in self._bad_steps.collect():
+        for (step, epoch, first, end), in_a_row in self._bad_steps.collect(wait):
             self._skipped += 1
             text = self._describe_bad_step(step, epoch, first, end)
             if self.on_nonfinite == "raise":

@@ -28,6 +28,7 @@ from .passes import Passes
 from .schedulers import create_scheduler, step_scheduler
 from .settings import check_setting
 from .steps import RolledBack
+from .ways import searched_kernels
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class _Life(_Endings):
     def _fit(self, run, aside=False):
         reason, error = "stopped by a command", None
         try:
-            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic):
+            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic), searched_kernels(self.train_loader, not self.deterministic):
                 self._begin(run)
                 reason = self._run_epochs()
         except Stopped:

@@ -85,7 +85,7 @@ class Twin:
         check_batch(images, masks, trainer.n_classes, trainer.ignore_index)
         for group, share in zip(self.optimizer.param_groups, self._shares):
             group["lr"] = group["lr"] if rate is None else rate * share
-        images, masks = move(images, masks, trainer.device, channels_last=trainer.device.type == "cuda")
+        images, masks = move(images, masks, trainer.device, channels_last=trainer._wants_channels_last())
         if (change := dataset_attribute(trainer.train_loader, "batch_transform")) is not None:
             images, masks = change(images, masks, 0, 0)
         with torch.enable_grad():

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .enlarge import enlarge
 from .recompute import recompute
 from .sliced import can_be_sliced, sliced
 
@@ -79,7 +79,7 @@ class Up(nn.Module):
         "Enlarge, and lay the skip beside it."
         height, width = skip.shape[-2:]
         if self.transposed is None:
-            x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=True)
+            x = enlarge(x, (height, width))
         else:
             x = self.transposed(x)[..., :height, :width]
         return torch.cat([skip, x], dim=1)
