@@ -273,6 +273,17 @@ def test_exact_resume_with_workers_and_bytes(tmp_path):
     assert report.exact, str(report)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_that_stepped_before_its_model_came_to_the_card(tmp_path, fused):
+    model = Dropping()
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    model(torch.rand(2, 1, 16, 16)).mean().backward()
+    optimizer.step()
+    made = trained(tmp_path, epochs=1, model=lambda: model, optimizer=optimizer)
+    assert {value.device.type for entry in optimizer.state.values() for name, value in entry.items() if name != "step"} == {"cuda"}
+    assert made.global_step == 6
+
+
 def test_bytes_and_floats_train_alike(tmp_path):
     one = trained(tmp_path, "bytes", load=loaders(kind=torch.uint8), deterministic=True)
     other = trained(tmp_path, "floats", load=loaders(), deterministic=True)

@@ -31,8 +31,8 @@ def _beside(x: Tensor, dim: int, step: int) -> Tensor:
 
 
 def _doubled(
-    x: Tensor,  # Float32
-    dim: int,  # 2 or 3
+    x: Tensor,  # Float32, with 4 dimensions
+    dim: int,  # Which of them
     length: int,  # Twice its places, or one less
 ) -> Tensor:
     "One dimension doubled."
@@ -60,6 +60,18 @@ def _gathered(
     own.narrow(dim, 1, count - 1).addcmul_(odd.narrow(dim, 0, count - 1), behind.narrow(0, 0, count - 1))
     return own
 
+# %% ../nbs/02_enlarge.ipynb #91c7e691
+def _larger(
+    x: Tensor,  # (N, C, h, w), any float dtype
+    height: int,  # `2 * h`, or one less
+    width: int,  # `2 * w`, or one less
+) -> Tensor:  # (N, C, H, W), the same dtype and layout
+    "Both dimensions doubled, by sums."
+    if x.is_contiguous(memory_format=torch.channels_last):
+        rows = x.permute(0, 2, 3, 1).float()
+        return _doubled(_doubled(rows, 1, height), 2, width).to(x.dtype).permute(0, 3, 1, 2)
+    return _doubled(_doubled(x.float(), 2, height), 3, width).to(x.dtype)
+
 # %% ../nbs/02_enlarge.ipynb #2342ecdf
 class _Enlarged(torch.autograd.Function):
     "Bilinear interpolation with a gathered gradient"
@@ -68,7 +80,7 @@ class _Enlarged(torch.autograd.Function):
     def forward(ctx, x, height, width):
         ctx.small, ctx.kind = x.shape[-2:], x.dtype
         if torch.compiler.is_compiling():
-            return _doubled(_doubled(x.float(), 2, height), 3, width).to(x.dtype)
+            return _larger(x, height, width)
         with torch.autocast(x.device.type, enabled=False):
             return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=True)
 

@@ -86,7 +86,7 @@ def averaged_model(
 
     Polyak and Juditsky 1992, as in `torch.optim.swa_utils`.
     """
-    average = AveragedModel(unwrap(model), multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = AveragedModel(unwrap(model), next(model.parameters()).device, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     average.n_averaged.fill_(1)
     return average
 

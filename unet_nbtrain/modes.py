@@ -39,7 +39,10 @@ class _Layout(TrainerState):
         self._match_moments()
 
     def _match_moments(self):
-        "The optimizer's moments lie as their weights do, also after a file of a run with another layout; fused kernels need that"
+        "The optimizer's moments lie where and as their weights do, also if it stepped elsewhere or a file is of another layout; fused kernels need that"
+        moments = [(weight, value) for weight, entry in self.optimizer.state.items() for value in entry.values() if torch.is_tensor(value)]
+        if any(value.shape == weight.shape and value.device != weight.device for weight, value in moments):
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
         for weight, entry in self.optimizer.state.items():
             for name, value in entry.items():
                 if torch.is_tensor(value) and value.shape == weight.shape and value.stride() != weight.stride():
