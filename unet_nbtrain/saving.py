@@ -137,7 +137,7 @@ class _Aside(_Writing):
 
         names = [*also, *([path] if path else [])]
         try:
-            self._writer.put(state or without_copies(self.state_dict), write, replaceable=not names and then is None, note=names)
+            self._writer.put(state or without_copies(self.state_dict), write, path is None and then is None and set(names) <= {folder.best}, note=names)
         except (CheckpointError, MemoryError) as error:
             self._not_written(error, names)
 
