@@ -375,6 +375,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'unet_nbtrain/direct.py'),
                                      'unet_nbtrain.direct.DirectReader.__iter__': ( 'direct.html#directreader.__iter__',
                                                                                     'unet_nbtrain/direct.py'),
+                                     'unet_nbtrain.direct.DirectReader._found_out': ( 'direct.html#directreader._found_out',
+                                                                                      'unet_nbtrain/direct.py'),
                                      'unet_nbtrain.direct.DirectReader._read': ('direct.html#directreader._read', 'unet_nbtrain/direct.py'),
                                      'unet_nbtrain.direct.DirectReader._watched': ( 'direct.html#directreader._watched',
                                                                                     'unet_nbtrain/direct.py'),
