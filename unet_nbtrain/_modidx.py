@@ -94,8 +94,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'unet_nbtrain/checkpoint.py'),
                                          'unet_nbtrain.checkpoint.CheckpointFolder.save': ( 'checkpoint.html#checkpointfolder.save',
                                                                                             'unet_nbtrain/checkpoint.py'),
-                                         'unet_nbtrain.checkpoint.CheckpointFolder.sweep': ( 'checkpoint.html#checkpointfolder.sweep',
-                                                                                             'unet_nbtrain/checkpoint.py'),
                                          'unet_nbtrain.checkpoint._Names': ('checkpoint.html#_names', 'unet_nbtrain/checkpoint.py'),
                                          'unet_nbtrain.checkpoint._Names.__init__': ( 'checkpoint.html#_names.__init__',
                                                                                       'unet_nbtrain/checkpoint.py'),

@@ -167,7 +167,7 @@ class _Putting(_Comparing):
     def _load_average(self, state):
         "The averaged weights, if the file has any and this trainer averages (which a setting in the file may have changed)"
         if "averaged_model_state_dict" in state and self.ema_decay is not None:
-            self.averaged = averaged_model(self.model, self.ema_decay)
+            self.averaged = averaged_model(self.model)
             self.averaged.module.load_state_dict(state["averaged_model_state_dict"])
             self.averaged.n_averaged.fill_(state["averaged_steps"])
 

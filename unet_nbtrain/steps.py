@@ -27,7 +27,7 @@ class _Averaging(TrainerState):
         if verdict.known:
             return
         if self.averaged is None:
-            self.averaged = averaged_model(self.model, self.ema_decay)
+            self.averaged = averaged_model(self.model)
             return
         before = {} if verdict.known is False else {k: v.clone() for k, v in self.averaged.state_dict().items()}
         follow(self.averaged, self.model, self.ema_decay)
