@@ -221,6 +221,7 @@ class _Applying(_Best):
             _log.info("%s holds weights alone; they were loaded.", path)
         else:
             self.optimizer.load_state_dict(state["optimizer_state_dict"])
+            self.optimizer._opt_called = True  # By the process that wrote the file; a schedule that comes first here asks for it
             for part, name in ((self.scheduler, "scheduler_state_dict"), (self.scaler, "scaler_state_dict")):
                 if part is not None and state.get(name) is not None:
                     part.load_state_dict(state[name])
