@@ -64,7 +64,7 @@ class _Stepping(_Averaging):
             torch._foreach_div_(self._gradients(), weights.where(weights > 0, 1) if torch.is_tensor(weights) else weights)
         self._measure_and_clip()
         verdict = self._guard.judge(self.optimizer, self._losses, gradients=self.scaler is None)
-        self._stepping = True
+        self._stepping = self.optimizer._opt_called = True  # To a schedule a refused step is a step too; one of PyTorch's would warn
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
