@@ -1795,6 +1795,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'unet_nbtrain/steps.py'),
                                     'unet_nbtrain.steps.Steps._look_at_bad_steps': ( 'steps.html#steps._look_at_bad_steps',
                                                                                      'unet_nbtrain/steps.py'),
+                                    'unet_nbtrain.steps.Steps._may_be_the_rate': ( 'steps.html#steps._may_be_the_rate',
+                                                                                   'unet_nbtrain/steps.py'),
                                     'unet_nbtrain.steps.Steps._samples_of': ('steps.html#steps._samples_of', 'unet_nbtrain/steps.py'),
                                     'unet_nbtrain.steps.Steps._tell_skipped': ('steps.html#steps._tell_skipped', 'unet_nbtrain/steps.py'),
                                     'unet_nbtrain.steps._Averaging': ('steps.html#_averaging', 'unet_nbtrain/steps.py'),
