@@ -129,12 +129,12 @@ class _Sums:
         weight: float | torch.Tensor,  # From `batch_weight`
         logits: torch.Tensor,  # (N, C, H, W)
         masks: torch.Tensor,  # (N, H, W) or (N, 1, H, W)
-    ) -> None:
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:  # The counts of each image, as `segmentation_counts` gives them; `None` where the batch waits
         "Add a batch. Nothing is read from the device."
         if self._counting is None:
             self._begin(logits.shape[1], self.threshold)
         self.loss.update(loss, weight)
-        self._counting.update(logits, masks)
+        return self._counting.update(logits, masks)
 
     def add_counts(
         self,
