@@ -2173,7 +2173,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unet_nbtrain.watcher._give_thread_a_parent': ( 'watcher.html#_give_thread_a_parent',
                                                                                       'unet_nbtrain/watcher.py'),
                                       'unet_nbtrain.watcher._report': ('watcher.html#_report', 'unet_nbtrain/watcher.py'),
-                                      'unet_nbtrain.watcher._same_randomness': ('watcher.html#_same_randomness', 'unet_nbtrain/watcher.py'),
                                       'unet_nbtrain.watcher._say_farewell': ('watcher.html#_say_farewell', 'unet_nbtrain/watcher.py'),
                                       'unet_nbtrain.watcher.rest_after': ('watcher.html#rest_after', 'unet_nbtrain/watcher.py')},
             'unet_nbtrain.ways': { 'unet_nbtrain.ways.Moment': ('ways.html#moment', 'unet_nbtrain/ways.py'),
