@@ -448,6 +448,8 @@ def test_094_a_parent_that_is_killed_while_workers_start():
         assert one.process.exitcode == -signal.SIGKILL
     assert os.getpid() in members(os.getpgrp())
     until(lambda: not any(members(one.process.pid) for one in doomed), 20)
+    for one in doomed:
+        one.process.close()
 
 
 def never_up(worker_id):
