@@ -93,7 +93,7 @@ def trainer_with(options, **shape):
 
 def step(trainer, images, masks):
     """One training step: forward with loss and counts, backward, optimizer."""
-    loss, _, _ = trainer._forward(images, masks, EpochMeter())
+    loss, *_ = trainer._forward(images, masks, EpochMeter())
     loss.backward()
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)

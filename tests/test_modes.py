@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.memory import Stores, peak_bytes
-from unet_nbtrain import UNet, UNetTrainer, verify_resume
+from unet_nbtrain import UNet, UNetTrainer, tally, thumbnails, verify_resume
 from unet_nbtrain.batch_size import auto_batch
 from unet_nbtrain.losses import create_loss_function
 
@@ -247,6 +247,26 @@ def test_a_captured_step_is_copied_and_used_for_full_batches(tmp_path, monkeypat
     monkeypatch.setattr(UNetTrainer, "_kinds", lambda self: ("captured",) if torch.is_grad_enabled() and "captured" not in self._failed else ())
     assert same(trained(tmp_path, "captured", cuda_graph=True), trained(tmp_path, "plain"))
     assert calls == [4] * 5, "one rehearsal and two full batches in each of two epochs"
+
+
+@pytest.mark.parametrize("batches, way, counted", [("small", "plain", 3), ("large", "plain", 0), ("small", "whole", 1)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_counted_for_the_metrics_is_not_counted_again_for_the_worst_image(tmp_path, monkeypatch, batches, way, counted, parts):
+    """Small batches wait to be counted together, so there each image is counted for itself; the same image is the worst in any case"""
+    counts, seen = thumbnails.segmentation_counts, []
+    monkeypatch.setattr(thumbnails, "segmentation_counts", lambda logits, *args: (seen.append(len(logits)), counts(logits, *args))[1])
+    monkeypatch.setattr(tally, "_SMALL", tally._SMALL if batches == "small" else 0)
+    torch.manual_seed(0)
+    trainer = UNetTrainer(small(), loader(), loader(10), device="cpu", run_dir=tmp_path, observers=[])
+    trainer.parts_per_batch, trainer.worst = parts, thumbnails.WorstSample()
+    if way == "whole":  # As a compiled way does: full batches with their counts, the last one plainly
+        trainer._ways = {}
+        trainer._quick = lambda x, y, threshold: trainer._whole(threshold)(x, y) if len(x) == 4 // parts else None
+    trainer.validate_epoch()
+    images, masks = loader(10).dataset.tensors
+    dice = thumbnails.dice_of_each(counts(trainer.model(images), masks, 1)[0])
+    assert trainer.worst.found.dice == dice.min() and trainer.worst.found.name == f"sample {dice.argmin()}"
+    assert len(seen) == counted * parts
 
 
 @FULL

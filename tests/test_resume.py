@@ -150,8 +150,10 @@ def test_ten_times_within_one_epoch(undisturbed, tmp_path):
     assert interrupted(tmp_path, plain, range(14, 24)) == undisturbed[plain]
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("step", [12, 36])
 def test_in_the_middle_of_a_validation(undisturbed, tmp_path, step):
+    """Without a warning of PyTorch, which misses the steps of the other process where the first thing to come here is a schedule"""
     assert interrupted(tmp_path, plain, [step], phase="val") == undisturbed[plain]
 
 

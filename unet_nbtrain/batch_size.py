@@ -89,7 +89,7 @@ def _double(trainer, size):
 
 def _one_step(double, images, masks):
     "Forward, backward and optimizer, as in a run"
-    loss, _, _ = double._forward(images, masks, EpochMeter(double.ignore_index, double.threshold))
+    loss, *_ = double._forward(images, masks, EpochMeter(double.ignore_index, double.threshold))
     (double.scaler.scale(loss) if double.scaler else loss).backward()
     if double.gradient_clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(double._parameters, double.gradient_clip_norm)

@@ -17,7 +17,7 @@ from torch import nn
 
 from .contents import CheckpointError, NonFiniteError, Sealing, check_archive, check_tensors, find_nonfinite, misformed, walk
 from .core import unwrap
-from .disk import sweep, why_not_written, write_whole
+from .disk import why_not_written, write_whole
 from .files import QuickPickle, Settled, unsettled
 
 _log = logging.getLogger(__name__)
@@ -267,13 +267,6 @@ class CheckpointFolder(_Names):
         "The newest checkpoint that is whole: `last`, else the one before, the best, a regular one; each refusal is logged."
         regular = [self.numbered("epoch", number) for number in reversed(self.numbers("epoch"))]
         return load_first([self.last, self.previous, self.best, *regular], trusted)
-
-    def sweep(
-        self,
-        own: bool = False,  # Whether nobody else of this process writes here, so that its own temporary files are old ones
-    ) -> list[Path]:  # The files removed
-        "Remove temporary files that dead processes left behind."
-        return sweep(self.folder, own)
 
 # %% ../nbs/11_checkpoint.ipynb #d680d26d
 def load_first(

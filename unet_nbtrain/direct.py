@@ -146,11 +146,10 @@ class DirectReader:
         harmless = all(type(leaf) in _HARMLESS for leaf in reader._inside) and reader.collate in _COLLATES
         parts = reader.dataset, reader.collate, reader.seed, reader.single
         self._quick, self._first = _Quick(*parts), BatchReader(*parts)
-        self._quick.seeds_itself = reader.seeds_itself or harmless
-        self._quick._randomness, self._first._randomness = _OnlyTorch(), _Watching(*reader._inside)
+        self._quick.seeds_itself, self._quick._randomness = reader.seeds_itself or harmless, _OnlyTorch()
         self._ready = reader.dataset if harmless and reader.single and reader.collate is as_it_is else None
-        self.draws = None if not self._quick.seeds_itself else False
-        self._canary = _Canary(derive_seed(reader.seed, "canary"))
+        self.draws = False if self._quick.seeds_itself else None
+        self._canary = None
 
     def __iter__(self) -> Iterator[Parcel]:
         for ticket in self._tickets:
@@ -161,16 +160,22 @@ class DirectReader:
         if self._ready is not None:
             return Parcel(self._ready[ticket[2][0]], 1)
         if self.draws is None:
-            parcel = self._first.__getitems__(ticket)
-            self.draws = self._first._randomness.used
-            return parcel
+            return self._found_out(ticket)
         if self._quick.seeds_itself:
             return self._quick.__getitems__(ticket)
         parcel = None if self.draws else self._watched(ticket)
         return self._reader.__getitems__(ticket) if self.draws else parcel
 
+    def _found_out(self, ticket):
+        "The first parcel; afterwards it is known whether reading draws"
+        self._first._randomness = _Watching(*self._reader._inside)
+        parcel = self._first.__getitems__(ticket)
+        self.draws = self._first._randomness.used
+        return parcel
+
     def _watched(self, ticket):
         "The parcel of a ticket, read while the canary watches"
+        self._canary = self._canary or _Canary(derive_seed(self._reader.seed, "canary"))
         generator = torch.default_generator
         state = generator.get_state()
         self._canary.begin()

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+from .files import sync_folder
+
 # %% ../nbs/10_disk.ipynb #6abe2747
 _REASONS = {
     errno.ENOSPC: "the disk is full. Free some space, or choose another folder",
@@ -94,7 +96,7 @@ def write_whole(
         if previous and path.exists():
             _link(path, Path(previous))
         _replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         _remove(temporary)
         raise
@@ -158,16 +160,6 @@ def _link(source, target):
         _replace(step, target)
     finally:
         _remove(step)
-
-
-def _sync_folder(folder):
-    "Have the disk finish the renames in a folder (Windows has no such call and needs none)"
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 # %% ../nbs/10_disk.ipynb #c14832e3
 def sweep(

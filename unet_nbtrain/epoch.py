@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from .core import unwrap
 from .metrics import SegmentationMetrics
@@ -80,13 +80,12 @@ def loss_weights(
 # %% ../nbs/13_epoch.ipynb #939f3176
 def averaged_model(
     model: nn.Module,  # The model in training, perhaps wrapped
-    decay: float,  # Share of the old average in the new one, in (0, 1)
 ) -> AveragedModel:  # Its `.module` is a copy of the model; `n_averaged` is 1
     """An exponential moving average of weights and buffers that begins with those of the model as they are now; `follow` goes on.
 
     Polyak and Juditsky 1992, as in `torch.optim.swa_utils`.
     """
-    average = AveragedModel(unwrap(model), next(model.parameters()).device, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = AveragedModel(unwrap(model), next(model.parameters()).device)
     average.n_averaged.fill_(1)
     return average
 
@@ -130,12 +129,12 @@ class _Sums:
         weight: float | torch.Tensor,  # From `batch_weight`
         logits: torch.Tensor,  # (N, C, H, W)
         masks: torch.Tensor,  # (N, H, W) or (N, 1, H, W)
-    ) -> None:
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:  # The counts of each image, as `segmentation_counts` gives them; `None` where the batch waits
         "Add a batch. Nothing is read from the device."
         if self._counting is None:
             self._begin(logits.shape[1], self.threshold)
         self.loss.update(loss, weight)
-        self._counting.update(logits, masks)
+        return self._counting.update(logits, masks)
 
     def add_counts(
         self,

@@ -26,17 +26,15 @@ class Verdict(NamedTuple):
 
     def pick(
         self,
-        before: object,  # A tensor, or a dictionary of such, nested as you like; an empty dictionary means zeros
+        before: object,  # A tensor, or a dictionary of such, nested as you like
         after: object,  # The same shape of thing after the step
     ) -> object:  # `before` if the step was bad, else `after`
         "The right one of two states, without asking the device."
         if self.known is not None:
             return before if self.known else after
         if isinstance(after, dict):
-            return {key: self.pick(before.get(key, {}), value) for key, value in after.items()}
-        if not isinstance(after, torch.Tensor):
-            return after
-        return torch.where(self.flag > 0, torch.zeros_like(after) if isinstance(before, dict) else before, after)
+            return {key: self.pick(before[key], value) for key, value in after.items()}
+        return torch.where(self.flag > 0, before, after) if isinstance(after, torch.Tensor) else after
 
 # %% ../nbs/12_guard.ipynb #6d156480
 def _flat(

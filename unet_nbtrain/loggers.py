@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .core import length_of
+from .events import tell_problem
 from .files import atomic_write
 from .history import History
 from .run_log import RunLog, epoch_line, is_on_console
@@ -163,13 +164,6 @@ def _sweep(path):
         except (PermissionError, ValueError):
             continue
 
-# %% ../nbs/13_loggers.ipynb #156f06bf
-def _tell(trainer, message):
-    "Have all observers of a trainer hear of a problem"
-    notify = getattr(getattr(trainer, "observers", None), "notify", None)
-    if notify is not None:
-        notify("on_problem", trainer, message)
-
 # %% ../nbs/13_loggers.ipynb #b995572a
 class HistoryFiles:
     "Keeps `history.json` (and a picture, if one is given) up to date in a folder, and `history.csv` at the end."
@@ -209,7 +203,7 @@ class HistoryFiles:
         except OSError as error:
             if not self._refused:
                 _log.error("The history cannot be written to %s.", self.folder, exc_info=True)
-                _tell(trainer, f"The history is not written: {error}. It is complete in memory and in the checkpoints, and is tried again after each epoch.")
+                tell_problem(trainer, f"The history is not written: {error}. It is complete in memory and in the checkpoints, and is tried again after each epoch.")
             self._refused = True
 
     def _draw(self, history):

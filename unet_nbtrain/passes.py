@@ -45,16 +45,16 @@ class _Forward(Modes, ResumableState, Gate, Steps):
     _own_step = training_step
 
     def _forward(self, images, masks, meter):
-        "Loss, weight and logits of one part of a batch, added to a meter"
+        "Loss, weight and logits of one part of a batch, added to a meter; and its counts, if they are there already"
         quick = None if self._ways is None else self._computed(images, masks, meter, self.training_step == self._own_step)
         loss, logits, counts = quick or (*self.training_step(images, masks), None)
         weight = batch_weight(masks, self.ignore_index, loss_weights(self.criterion))
         loss = _counted(loss, weight)
         if counts is None:
-            meter.update(loss, weight, logits, masks)
+            counts = meter.update(loss, weight, logits, masks)
         else:
             meter.add_counts(loss, weight, *counts)
-        return loss, weight, logits
+        return loss, weight, logits, counts
 
 # %% ../nbs/16_passes.ipynb #1dc2fa34
 class _Fitting(_Forward):
@@ -129,7 +129,7 @@ class _Learning(_Fitting):
         losses, weights, place = [], [], (self.seed, "model", self.current_epoch, self._start_batch)
         for part, (x, y) in enumerate(self._parts(images, masks)):
             seed_step(self.device, *place, *([part] if part else ()))
-            loss, weight, logits = self._forward(x, y, self._train_meter)
+            loss, weight, logits, _ = self._forward(x, y, self._train_meter)
             if not self._looked:
                 self._look_at_outputs(loss, logits)
             self._backward(loss if alone else loss * weight)
@@ -206,20 +206,20 @@ class Passes(_Training):
             self.worst.begin()
         for images, masks in self._feed(self.val_loader, "val", 0):
             parts = [self._forward(x, y, meter) for x, y in self._parts(images, masks)]
-            losses, weights, logits = zip(*parts)
+            losses, weights, logits, _ = zip(*parts)
             if self.batch == 0:
                 self.val_batch = tuple(o[:_SAMPLES].detach().clone() for o in (images, masks, logits[0]))
             if self.worst is not None:
-                self._look_for_worst(images, masks, logits)
+                self._look_for_worst(meter.threshold, images, masks, parts)
             self.batch += 1
             self.observers.notify("on_batch_end", self, _mean(losses, weights)[0])
         if self.worst is not None:
             self.worst.end(lambda batch: self._feed_of("val", self.val_loader).samples(0, batch))
         return meter.compute()
 
-    def _look_for_worst(self, images, masks, logits):
-        "Show a batch, in its parts, to the one who looks for the worst image"
+    def _look_for_worst(self, threshold, images, masks, parts):
+        "Show a batch, in its parts, to the one who looks for the worst image; what the metrics have counted is not counted again"
         first, batch = 0, self._feed_of("val", self.val_loader).position
-        for (x, y), said in zip(self._parts(images, masks), logits):
-            self.worst.look(x, y, said, (batch, first), self.threshold, self.ignore_index)
+        for (x, y), (_, _, logits, counts) in zip(self._parts(images, masks), parts):
+            self.worst.look(x, y, logits, (batch, first), threshold, self.ignore_index, counts and counts[0])
             first += len(x)

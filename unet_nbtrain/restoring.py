@@ -167,7 +167,7 @@ class _Putting(_Comparing):
     def _load_average(self, state):
         "The averaged weights, if the file has any and this trainer averages (which a setting in the file may have changed)"
         if "averaged_model_state_dict" in state and self.ema_decay is not None:
-            self.averaged = averaged_model(self.model, self.ema_decay)
+            self.averaged = averaged_model(self.model)
             self.averaged.module.load_state_dict(state["averaged_model_state_dict"])
             self.averaged.n_averaged.fill_(state["averaged_steps"])
 
@@ -221,6 +221,7 @@ class _Applying(_Best):
             _log.info("%s holds weights alone; they were loaded.", path)
         else:
             self.optimizer.load_state_dict(state["optimizer_state_dict"])
+            self.optimizer._opt_called = True  # By the process that wrote the file; a schedule that comes first here asks for it
             for part, name in ((self.scheduler, "scheduler_state_dict"), (self.scaler, "scaler_state_dict")):
                 if part is not None and state.get(name) is not None:
                     part.load_state_dict(state[name])

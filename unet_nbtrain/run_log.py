@@ -13,12 +13,14 @@ import platform
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from .core import length_of
+from .events import tell_problem
 from .files import to_json
 from .text import format_duration, format_rate, short_number
 
@@ -76,11 +78,10 @@ _log.addHandler(logging.NullHandler())  # What a run says is also in its file, s
 _one_writer = threading.Lock()
 
 
-def _append(path, event, **details):
-    "Add one line of JSON to a file; a line that a crash cut off is ended first"
+def _append(path, line):
+    "Add one line to a file; a line that a crash cut off is ended first"
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = to_json({"time": round(time.time(), 3), "event": event, **details}).encode() + b"\n"
-    with _one_writer, open(path, "ab+") as file:
+    with open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
@@ -94,9 +95,42 @@ def _as_level(level):
         raise ValueError(f"level={level!r} is not a level. Use 'DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL' or a number.")
     return number
 
+# %% ../nbs/11_run_log.ipynb #3f243c4a
+_MOST_WAITING = 1000  # Lines that are kept for a disk that refuses them
+
+
+class _Lasting:
+    "Lines in a file, or waiting for it"
+
+    def __init__(self, path):
+        self.path, self._waiting, self._refused = Path(path), deque(maxlen=_MOST_WAITING), False
+
+    def _write(self, trainer, event, **details):
+        "One line more. A disk that refuses is told once, and asked again with each line; so is that it writes again"
+        line = to_json({"time": round(time.time(), 3), "event": event, **details}).encode() + b"\n"
+        refused, error = self._refused, self._put(line)
+        if error is not None and not refused:
+            _log.error("The log cannot be written to %s.", self.path, exc_info=error)
+            tell_problem(trainer, f"The log is not written: {error}. Its lines wait in memory, and are tried again with each new one.")
+        elif error is None and refused:
+            tell_problem(trainer, f"The log is written again, also the lines that had to wait: {self.path}.")
+
+    def _put(self, line):
+        "Write what waits, this line last; gives the error of a disk that refuses"
+        with _one_writer:
+            self._waiting.append(line)
+            try:
+                while self._waiting:
+                    _append(self.path, self._waiting[0])
+                    self._waiting.popleft()
+            except OSError as error:
+                self._refused = True
+                return error
+            self._refused = False
+
 # %% ../nbs/11_run_log.ipynb #d14b1ebf
-class RunLog:
-    "A run as lines of JSON in a file that grows, and as records of Python's `logging`."
+class RunLog(_Lasting):
+    "A run as lines of JSON in a file that grows, and as records of Python's `logging`. While a disk refuses, its lines wait."
 
     def __init__(
         self,
@@ -104,32 +138,32 @@ class RunLog:
         level: int | str = "INFO",  # Records for people below this level are not made; the file always has everything
         settings: Mapping | None = None,  # More to write at the start, e.g. the arguments of a command
     ):
-        self.path, self.settings = Path(path), dict(settings or {})
-        self.level = _as_level(level)
+        super().__init__(path)
+        self.settings, self.level = dict(settings or {}), _as_level(level)
 
     def on_run_start(self, trainer) -> None:
         "The settings of the run."
-        _append(self.path, "run_start", **describe_run(trainer), **self.settings)
+        self._write(trainer, "run_start", **describe_run(trainer), **self.settings)
         self._say(logging.INFO, f"Training starts at epoch {trainer.current_epoch + 1} of {trainer.total_epochs} on {trainer.device}.")
 
     def on_epoch_end(self, trainer, row) -> None:
         "The row of the epoch."
-        _append(self.path, "epoch", **row)
+        self._write(trainer, "epoch", **row)
         self._say(logging.INFO, epoch_line(row, trainer.total_epochs))
 
     def on_state_change(self, trainer, state) -> None:
         "Paused, running, stopping and so on, with the step."
-        _append(self.path, "state", state=str(state), step=trainer.global_step)
+        self._write(trainer, "state", state=str(state), step=trainer.global_step)
         self._say(logging.INFO, f"The run is now: {state}.")
 
     def on_problem(self, trainer, message) -> None:
         "What went wrong, with the step."
-        _append(self.path, "problem", message=str(message), step=trainer.global_step)
+        self._write(trainer, "problem", message=str(message), step=trainer.global_step)
         self._say(logging.WARNING, message)
 
     def on_run_end(self, trainer, reason) -> None:
         "Why the run ended, and how far it came."
-        _append(self.path, "run_end", reason=str(reason), epoch=trainer.current_epoch, step=trainer.global_step)
+        self._write(trainer, "run_end", reason=str(reason), epoch=trainer.current_epoch, step=trainer.global_step)
         self._say(logging.INFO, f"The run ended after {trainer.current_epoch} epoch{'s' * (trainer.current_epoch != 1)}: {reason}.")
 
     def _say(self, level, text):

@@ -16,6 +16,7 @@ from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data._utils import worker
 
 from .core import derive_seed
 
@@ -126,6 +127,14 @@ def _parts_of(one):
     return (one if isinstance(one, Mapping) else getattr(one, "__dict__", {})).values()
 
 # %% ../nbs/05_sampling.ipynb #a42a70fa
+class _Watchdog(worker.ManagerWatchdog):
+    "PyTorch's, which looks now and then whether the parent is still there; told who that is, where the parent is the process that made us"
+
+    def __init__(self):
+        super().__init__()
+        self.manager_pid = multiprocessing.parent_process().pid
+
+
 def start_worker(
     worker_id: int,  # Number of the worker, from the loader
 ) -> None:
@@ -135,6 +144,8 @@ def start_worker(
     method = getattr(multiprocessing.current_process(), "_start_method", None) or multiprocessing.get_start_method()
     if parent and (not parent.is_alive() if method == "forkserver" else os.getppid() != parent.pid):
         os._exit(1)
+    if parent and method != "forkserver" and os.name == "posix":
+        worker.ManagerWatchdog = _Watchdog
 
 # %% ../nbs/05_sampling.ipynb #3a3c0975
 _MAX_WORKERS = 4

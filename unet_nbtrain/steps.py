@@ -27,7 +27,7 @@ class _Averaging(TrainerState):
         if verdict.known:
             return
         if self.averaged is None:
-            self.averaged = averaged_model(self.model, self.ema_decay)
+            self.averaged = averaged_model(self.model)
             return
         before = {} if verdict.known is False else {k: v.clone() for k, v in self.averaged.state_dict().items()}
         follow(self.averaged, self.model, self.ema_decay)
@@ -64,7 +64,7 @@ class _Stepping(_Averaging):
             torch._foreach_div_(self._gradients(), weights.where(weights > 0, 1) if torch.is_tensor(weights) else weights)
         self._measure_and_clip()
         verdict = self._guard.judge(self.optimizer, self._losses, gradients=self.scaler is None)
-        self._stepping = True
+        self._stepping = self.optimizer._opt_called = True  # To a schedule a refused step is a step too; one of PyTorch's would warn
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -126,14 +126,18 @@ class Steps(_Stepping):
             text = self._describe_bad_step(step, epoch, first, end)
             if self.on_nonfinite == "raise":
                 raise FloatingPointError(f"{text} The trainer is back at its last checkpoint.")
-            if self.on_nonfinite == "rollback" and len(set(self._gone_back)) == len(self._gone_back):
-                self._gone_back.append((epoch, first))
-                if self._gone_back.count((epoch, first)) == 1:
-                    raise RolledBack(text)
+            if self.on_nonfinite == "rollback" and self._may_be_the_rate((epoch, first)):
+                raise RolledBack(text)
             if in_a_row >= self.nonfinite_limit:
                 raise RolledBack(f"{in_a_row} steps in a row had no finite loss or gradient. {text}")
             if self._skipped <= _NAMED:
                 self._report(f"{text} It was skipped: the weights are those from before it.")
+
+    def _may_be_the_rate(self, place):
+        "Whether going back with a smaller rate may help: until a place from which the run went back is bad again, which shows that its images are"
+        self._images_are_bad = self._images_are_bad or place in self._gone_back
+        self._gone_back.add(place)
+        return not self._images_are_bad
 
     def _tell_skipped(self, row):
         "How many steps of the epoch were skipped, for its row; those that were not named one by one are told, and a gradient that is zero"

@@ -150,16 +150,16 @@ class _Counting(_Waiting):
         self,
         logits: torch.Tensor,  # (N, n_classes, H, W), any float dtype
         masks: torch.Tensor,  # (N, H, W) class indices; for one class zeros and ones, also (N, 1, H, W)
-    ) -> None:
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:  # What `segmentation_counts` gives, if it was counted now
         "Count a batch, now or later. Raises ValueError or TypeError at once if shapes or dtypes do not fit."
         kind = logits.shape, masks.shape, logits.dtype, masks.dtype
         if kind != self._fits:
             match_target(logits, masks, self.metrics.n_classes)
             self._fits = kind
         if logits.numel() + masks.numel() <= _SMALL:
-            self._put(kind, logits.detach().clone(), masks.clone(), None)
-        else:
-            self.add(*self._count(logits, masks))
+            return self._put(kind, logits.detach().clone(), masks.clone(), None)
+        self.add(*(counts := self._count(logits, masks)))
+        return counts
 
     def add(
         self,

@@ -36,15 +36,11 @@ def labels_of(
 
 # %% ../nbs/15_thumbnails.ipynb #21ccae72
 def dice_of_each(
-    logits: torch.Tensor,  # (N, C, H, W)
-    masks: torch.Tensor,  # (N, H, W) or (N, 1, H, W)
-    threshold: float = 0.5,  # For one class: from which probability on a pixel is foreground
-    ignore_index: int | None = None,  # Mask value of pixels that count nowhere
+    classes: torch.Tensor,  # (N, n_classes, 3) TP, predicted and true pixels, from `segmentation_counts`
 ) -> torch.Tensor:  # (N,) on the device, infinite where the mask has no object
-    "The Dice of each image of a batch. Nothing is read from the device; raises `ValueError` for shapes that do not fit."
-    counts, _ = segmentation_counts(logits, masks.reshape(len(masks), *masks.shape[-2:]), logits.shape[1], threshold, ignore_index)
-    objects = counts[:, -max(1, logits.shape[1] - 1) :, 2].sum(1)
-    dice = macro_mean(dice_score(*counts.unbind(-1)))
+    "The Dice of each image of a batch. Nothing is read from the device."
+    objects = classes[:, -max(1, classes.shape[1] - 1) :, 2].sum(1)
+    dice = macro_mean(dice_score(*classes.unbind(-1)))
     return dice.where((objects > 0) & (dice == dice), torch.inf)
 
 # %% ../nbs/15_thumbnails.ipynb #bc5e91d6
@@ -86,10 +82,14 @@ class WorstSample:
         place: tuple[int, int] = (0, 0),  # Number of the batch, and of its first image that is given here
         threshold: float = 0.5,  # For one class: from which probability on a pixel is foreground
         ignore_index: int | None = None,  # Mask value of pixels that count nowhere
+        classes: torch.Tensor | None = None,  # (N, n_classes, 3) from `segmentation_counts`, if somebody has counted this batch already
     ) -> None:
-        "Keep the worst image of this batch if it is worse than the one so far. Nothing is read from the device."
-        dice, row = dice_of_each(logits, masks, threshold, ignore_index).min(0, keepdim=True)
-        small = [o.index_select(0, row)[0] for o in (images[:, :3], masks.reshape(len(masks), *masks.shape[-2:]), logits)]
+        "Keep the worst image of this batch if it is worse than the one so far. Nothing is read from the device; raises `ValueError` for shapes that do not fit."
+        masks = masks.reshape(len(masks), *masks.shape[-2:])
+        if classes is None:
+            classes, _ = segmentation_counts(logits, masks, logits.shape[1], threshold, ignore_index)
+        dice, row = dice_of_each(classes).min(0, keepdim=True)
+        small = [o.index_select(0, row)[0] for o in (images[:, :3], masks, logits)]
         small[2] = labels_of(small[2][None], threshold)[0]
         numbers = torch.stack([torch.full_like(row, number) for number in (place[0], place[1], *logits.shape[-2:])])
         numbers[1] += row

@@ -208,7 +208,7 @@ class _Life(_Endings):
     def _begin(self, run):
         self._saved_step, self._saved_time, self._thread = self.global_step, time.monotonic(), threading.get_ident()
         self._at_boundary, self._stepping, self._checked, self._looked, self._was = True, False, False, False, None
-        self._bad_steps, self._rollbacks, self._gone_back = BadSteps(self.nonfinite_in_a_row), 0, []
+        self._bad_steps, self._rollbacks, self._gone_back, self._images_are_bad = BadSteps(self.nonfinite_in_a_row), 0, set(), False
         self._poisoned = ""
         self._open_feeds()
         self._recall_last()

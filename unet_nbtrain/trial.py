@@ -11,7 +11,6 @@ import html
 import inspect
 import logging
 import math
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ import torch
 
 from .core import dataset_attribute, length_of, move, split_batch
 from .epoch import check_batch
+from .samples import Randomness
 from .text import format_duration, format_rate, short_number
 from .widgets import free_clicks, widgets
 
@@ -49,13 +49,8 @@ def no_trace(
     device: torch.device,  # Whose random state is kept, beside the processor's
 ) -> Iterator[None]:
     "Put all random states back at the end."
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with Randomness().kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 class Twin:

@@ -8,17 +8,15 @@ __all__ = ['BUDGET', 'SOONEST', 'LATEST', 'BatchTrace', 'Watcher', 'rest_after',
 # %% ../nbs/16_watcher.ipynb #93881284
 import atexit
 import logging
-import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 
 from .mask_report import MaskReport, describe_masks
+from .samples import Randomness
 from .widgets import get_ipython
 
 _log = logging.getLogger(__name__)
@@ -219,18 +217,6 @@ def _say_farewell(panels=_open):
             _log.exception("A panel could not say that its kernel ends.")
 
 # %% ../nbs/16_watcher.ipynb #eeb8a38b
-@contextmanager
-def _same_randomness() -> Iterator[None]:
-    "Put the global random states back at the end"
-    python, numpy, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_)
-
-
 _OURS, _FOREIGN = 500, 8  # How many masks are looked at
 
 
@@ -264,7 +250,7 @@ class DataCheck:
         trainer = self._trainer
         try:
             for phase, loader in (("train", trainer.train_loader), ("val", trainer.val_loader)):
-                with _same_randomness():
+                with Randomness().kept():
                     self.reports[phase] = _report(loader, trainer.n_classes, trainer.ignore_index)
         except ValueError as error:
             self.error = error

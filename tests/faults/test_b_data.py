@@ -4,10 +4,9 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data._utils import worker
 
 from unet_nbtrain import UNet, UNetTrainer, create_dataloaders
+from unet_nbtrain.feeding import Feed
 from unet_nbtrain.image_files import read_image, read_mask
 from unet_nbtrain.sampling import make_loader
 from unet_nbtrain.sources import BadSample
@@ -389,42 +390,66 @@ def test_071_workers_that_die_each_time(tmp_path, number):
     assert torch.load(trainer.checkpoint_dir / "last.pth")["batch"] == trainer.global_step in (1, 2) and not multiprocessing.active_children()
 
 
-PARENT = """
-import os, sys, time, torch
-from torch.utils.data import DataLoader, TensorDataset
-from unet_nbtrain.feeding import Feed
-sys.stdout.write("up\\n"); sys.stdout.flush()
-feed = Feed(DataLoader(TensorDataset(torch.zeros(64, 1)), num_workers=4), 0)
-while True:
-    for _ in feed.batches(0):
-        pass
-"""
+class Doomed:
+    """A process that starts workers again and again; the worker of a number kills it when it has come to a place, and goes on when it is gone"""
+
+    def __init__(self, number=0, place=""):
+        fork = multiprocessing.get_context("fork")
+        self.number, self.place, self.forks, self.up = number, place, 0, fork.Event()
+        self.process = fork.Process(target=self.run)
+        self.process.start()
+
+    def run(self):
+        os.setpgid(0, 0)
+        self.pid = os.getpid()
+        os.register_at_fork(before=self.count, after_in_child=lambda: self.come_to("first line"))
+        worker.MP_STATUS_CHECK_INTERVAL = 0.2  # Seconds after which an idle worker looks for its parent; PyTorch has 5
+        loader = DataLoader(TensorDataset(torch.zeros(64, 1)), num_workers=4, multiprocessing_context="fork", worker_init_fn=lambda _: self.come_to("init"))
+        feed = Feed(loader, 0)
+        self.up.set()
+        while True:
+            for _ in feed.batches(0):
+                pass
+
+    def count(self):
+        self.forks += 1
+
+    def come_to(self, place):
+        if (self.forks, self.place) == (self.number, place):
+            os.kill(self.pid, signal.SIGKILL)
+            while os.getppid() == self.pid:
+                time.sleep(0.002)
 
 
-def processes_with(mark):
+def members(group):
+    """The processes of a group that still do something"""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if mark in file.read():
-                    found.append(int(pid))
+            state, _, its_group = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:3]
         except OSError:
             continue
+        if int(its_group) == group and state not in "ZX":
+            found.append(int(pid))
     return found
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
-def test_094_a_parent_that_is_killed_while_workers_start(tmp_path):
+def test_094_a_parent_that_is_killed_while_workers_start():
+    """When one of them has not come to its first line, when it has looked for its parent but PyTorch has not yet, and at any moment"""
+    doomed = [Doomed(number, place) for number in (1, 2, 4) for place in ("first line", "init")]
     for attempt in range(int(os.environ.get("KILLS", "3"))):
-        mark = f"FAULT_094={os.getpid()}_{attempt}"
-        name, value = mark.split("=")
-        parent = subprocess.Popen([sys.executable, "-c", PARENT], env={**os.environ, name: value}, stdout=subprocess.PIPE)
-        assert parent.stdout.readline() == b"up\n"
+        doomed.append(Doomed())
+        assert doomed[-1].up.wait(20)
         time.sleep(0.02 + 0.04 * attempt)
-        parent.kill()
-        parent.wait()
-        parent.stdout.close()
-        until(lambda mark=mark: not processes_with(mark.encode()), 20)
+        doomed[-1].process.kill()
+    for one in doomed:
+        one.process.join(20)
+        assert one.process.exitcode == -signal.SIGKILL
+    assert os.getpid() in members(os.getpgrp())
+    until(lambda: not any(members(one.process.pid) for one in doomed), 20)
+    for one in doomed:
+        one.process.close()
 
 
 def never_up(worker_id):

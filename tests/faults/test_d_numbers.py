@@ -8,7 +8,7 @@ import torch
 from heard import Heard
 from torch import nn
 
-from unet_nbtrain import EarlyStopping, UNet, UNetTrainer, create_optimizer, demo_dataloaders
+from unet_nbtrain import EarlyStopping, UNet, UNetTrainer, create_optimizer, create_scheduler, demo_dataloaders
 from unet_nbtrain.checkpoint import load_file
 from unet_nbtrain.plots import plot_history
 
@@ -102,6 +102,17 @@ def test_058_as_if_the_batch_had_never_been(make):
     last = [load_file(trainer.checkpoint_dir / "last.pth") for trainer in (whole, met)]
     assert all(map(torch.equal, *(state["model_state_dict"].values() for state in last)))
     assert last[0]["history"]["rows"][0]["train"] == last[1]["history"]["rows"][0]["train"]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_058_the_very_first_step_with_a_schedule_that_counts_steps(make):
+    """The schedule counts it, and PyTorch does not warn that no step was made before"""
+    model = UNet(3, 1, width=4, depth=2)
+    optimizer = create_optimizer(model, lr=1e-3)
+    schedule = create_scheduler(optimizer, "step", step_size=4, gamma=0.5, unit="step")
+    trainer = make(train=broken_loader(at=(0,)), model=model, optimizer=optimizer, scheduler=schedule)
+    assert trainer.train(1).rows[0]["skipped_steps"] == 1 and trainer.global_step == 4
+    assert trainer.learning_rate == 5e-4
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
