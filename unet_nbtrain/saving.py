@@ -137,7 +137,8 @@ class _Aside(_Writing):
 
         names = [*also, *([path] if path else [])]
         try:
-            self._writer.put(state or without_copies(self.state_dict), write, path is None and then is None and set(names) <= {folder.best}, note=names)
+            may_wait = path is None and then is None and set(names) <= {folder.best} and not (self.nonfinite_in_a_row or self._rollbacks)
+            self._writer.put(state or without_copies(self.state_dict), write, may_wait, note=names)
         except (CheckpointError, MemoryError) as error:
             self._not_written(error, names)
 
@@ -164,8 +165,7 @@ class _Outcome(_Aside):
 
     def _written(self, names):
         self._owed -= set(names)
-        best = self.early_stopping.best_epoch
-        owed = [name for name in (self._folder.best, self._folder.numbered("top", best or 0)) if name in self._owed]
+        owed = [name for name in (self._folder.best, self._folder.numbered("top", self.early_stopping.best_epoch or 0)) if name in self._owed]
         self._owed = frozenset()
         if owed and self.best_weights.available:
             state = without_copies(self.state_dict)
