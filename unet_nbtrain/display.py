@@ -28,7 +28,7 @@ from .predictions import PredictionsTab, SampleKeeper
 from .settings_form import SettingsForm
 from .tabs import BoxTab, CurvesTab, Tabs, TextTab, earlier_runs
 from .trial import TrialBox
-from .view import STYLE, Status, badge, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
+from .view import GONE, STYLE, Status, badge, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
 from .watcher import DataCheck, Farewell, Pump, Watcher
 from .widgets import HAS_WIDGETS, display, get_ipython, open_colab, widgets
 
@@ -57,7 +57,7 @@ class _Widgets:
         self.html["spoken"].add_class("unt-spoken")
         self.buttons, self.tabs, self.curves = Buttons(act), Tabs(ring), CurvesTab(ring)
         self.controls, self.picture = self.buttons.controls, self.curves.picture
-        style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
+        style = widgets.HTML(STYLE + GONE)
         order = [style, self.html["header"], self.buttons.box, self.tabs.widget]
         self.box = widgets.VBox([*order, *(self.html[name] for name in ("tiles", "message", "spoken"))])
         self.box.add_class("unt-panel")
@@ -134,7 +134,7 @@ class _Tabbed(_Facts):
     def _fill_tabs(self, put):
         "The tabs, each with what paints it"
         tabs, controls, trainer = self._widgets.tabs, self._widgets.controls, self.trainer
-        self.form, self._menu, predictions = SettingsForm(trainer, put, self.num_epochs), CheckpointsTab(controls["rewind"]), PredictionsTab()
+        self.form, self._menu, predictions = SettingsForm(trainer, put, self.num_epochs), CheckpointsTab(controls["rewind"]), PredictionsTab(self._watcher.ring)
         tabs.add(self._widgets.curves, self._paint_curves)
         tabs.add(predictions, lambda: predictions.paint(self._samples, trainer.ignore_index))
         tabs.add(self.form, lambda: self.form.paint(trainer, self.num_epochs))
@@ -292,8 +292,8 @@ class _Painter:
         self._panel._paint_safely(with_picture)
 
     def alive(self):
-        run = self._panel.trainer.run
-        return run is not None and run.state in ("running", "paused", "stopping")
+        run, starts = self._panel.trainer.run, "start" in self._panel._asked.pending()
+        return starts or (run is not None and run.state in ("running", "paused", "stopping"))
 
     def busy(self):
         run = self._panel.trainer.run
