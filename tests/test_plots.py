@@ -102,7 +102,7 @@ def test_every_blit_equals_a_full_draw():
         png = live.png(history, (x[:upto], y[:upto]), total_epochs=12)
         if live.blits > blits:
             compared += 1
-            live._background = None
+            live._parts = None
             assert live.png(history, (x[:upto], y[:upto]), total_epochs=12) == png
     assert compared > 20
 

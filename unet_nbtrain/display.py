@@ -42,9 +42,9 @@ def _still(png):
     return out.getvalue()
 
 
-def _still_html(png, history, sentence):
+def _still_html(png, history, sentence, small=False):
     "The curves and the table as HTML that needs no kernel"
-    picture = f'<img alt="Curves of the run" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(_still(png)).decode()}">' if png else ""
+    picture = f'<img alt="Curves of the run" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(_still(png) if small else png).decode()}">' if png else ""
     return f'<div class="unt-still"><p>{html.escape(sentence)}</p>{picture}{history._repr_html_() if len(history) else ""}</div>'
 
 # %% ../nbs/17_display.ipynb #a94deefc
@@ -228,7 +228,7 @@ class _Painting(_Headed):
     def _refresh_stills(self, status, live=False):
         "What the saved notebook shows to a reader without a kernel; `live` also renews the panel's own output"
         self._still_due = time.monotonic() + (30 if HAS_WIDGETS else 2)
-        still = _still_html(bytes(self._widgets.picture.value), self._shown[1], spoken(status))
+        still = _still_html(self._widgets.picture.value, self._shown[1], spoken(status), small=live)
         for panel, beside in self._handles:
             beside.update({"text/html": still, "text/plain": spoken(status)}, raw=True)
             if live and panel is not None:
@@ -269,7 +269,7 @@ class Display(_Safe):
         open_colab()
         handle = display(self._widgets.bundle(text), raw=True, display_id=True) if HAS_WIDGETS else self._show_bar()
         if handle is not None or not HAS_WIDGETS:
-            still = {"text/html": _still_html(bytes(self._widgets.picture.value), self._shown[1], text), "text/plain": text}
+            still = {"text/html": _still_html(self._widgets.picture.value, self._shown[1], text), "text/plain": text}
             self._handles.append((handle, display(still, raw=True, display_id=True)))
 
     def _show_bar(self):

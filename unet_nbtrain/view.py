@@ -10,10 +10,13 @@ __all__ = ['STYLE', 'GONE', 'Status', 'time_left', 'time_at_pace', 'read_status'
 import html
 import math
 import statistics
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .text import format_duration, format_rate
+
+_SIZES = weakref.WeakKeyDictionary()  # Parameters of each model in words: counting those of a large one takes longer than all other text
 
 # %% ../nbs/16_view.ipynb #12650c14
 @dataclass
@@ -94,10 +97,11 @@ def read_status(
 def _details(trainer):
     "The set-up in half a line: model and its size, device, precision, batch size"
     model = getattr(trainer.model, "module", trainer.model)
-    parameters = sum(p.numel() for p in model.parameters())
+    if model not in _SIZES:
+        _SIZES[model] = _count(sum(p.numel() for p in model.parameters()))
     precision = str(trainer.amp_dtype).rpartition(".")[2] if trainer.amp_dtype else "float32"
     size = getattr(trainer.train_loader, "batch_size", None) or getattr(getattr(trainer.train_loader, "batch_sampler", None), "batch_size", None)
-    parts = [f"{type(model).__name__} {_count(parameters)}", str(trainer.device), precision, f"batch {size}" if size else ""]
+    parts = [f"{type(model).__name__} {_SIZES[model]}", str(trainer.device), precision, f"batch {size}" if size else ""]
     return " · ".join(part for part in parts if part)
 
 
@@ -235,8 +239,8 @@ def spoken(
 
 # %% ../nbs/16_view.ipynb #3ad7f0d6
 _FRAME = """
-.unt-panel{max-width:1080px;border:1px solid var(--jp-border-color2,#d5d9de);border-radius:8px;overflow:hidden;
-  color:var(--jp-ui-font-color1,#1b1f24);font-family:var(--jp-ui-font-family,system-ui,sans-serif);font-size:13px;padding:0}
+.unt-panel{max-width:1080px;border:1px solid var(--jp-border-color2,#d5d9de);border-radius:8px;overflow:hidden;padding:0;
+  color:var(--jp-ui-font-color1,#1b1f24);font-family:var(--jp-ui-font-family,system-ui,sans-serif);font-size:13px}
 .unt-panel .widget-html-content,.unt-panel .jupyter-widgets{line-height:1.45}
 .unt-panel>.widget-html,.unt-panel>.widget-image{margin:0;width:auto}
 .unt-head{display:flex;gap:12px;align-items:center;flex-wrap:wrap;padding:9px 14px;
@@ -244,19 +248,16 @@ _FRAME = """
 .unt-badge{color:#fff;border-radius:10px;padding:1px 11px;font-weight:600;font-size:12px;letter-spacing:.02em;white-space:nowrap}
 .unt-soft{color:var(--jp-ui-font-color2,#57606a)} .unt-right{margin-left:auto;white-space:nowrap}
 .unt-buttons{padding:9px 12px 3px} .unt-buttons button{font-weight:600;border-radius:5px}
-.unt-panel.unt-panel :focus-visible{outline:3px solid #0072B2!important;outline-offset:1px}
-.unt-panel button .fa::before{speak:never}
+.unt-panel.unt-panel :focus-visible{outline:3px solid #0072B2!important;outline-offset:1px} .unt-panel button .fa::before{speak:never}
 .unt-bars{display:grid;grid-template-columns:52px minmax(120px,1fr) minmax(190px,auto);gap:5px 10px;align-items:center;padding:10px 14px 2px}
-.unt-bar{display:block;height:9px;border-radius:5px;background:var(--jp-border-color2,#e4e8ec);overflow:hidden}
-.unt-bar>span{display:block;height:100%;background:#0072B2;border-radius:5px}
+.unt-bar{display:block;height:9px;border-radius:5px;background:var(--jp-border-color2,#e4e8ec);overflow:hidden} .unt-bar>span{display:block;height:100%;background:#0072B2;border-radius:5px}
 .unt-plot{display:block;background:#fff} body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:invert(.92) hue-rotate(180deg)}
 .unt-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));margin:0;border-top:1px solid var(--jp-border-color2,#d5d9de)}
 .unt-tiles>div{padding:7px 14px 8px;border-right:1px solid var(--jp-border-color2,#d5d9de)} .unt-tiles>div:last-child{border-right:0}
 .unt-tiles span{display:block;font-size:11px;color:var(--jp-ui-font-color2,#57606a)}
 .unt-tiles b{font-size:17px;font-weight:650;font-variant-numeric:tabular-nums}
 .unt-tiles small{font-size:11px;font-weight:400;color:var(--jp-ui-font-color2,#57606a)}
-.unt-message{padding:7px 14px;border-top:1px solid var(--jp-border-color2,#d5d9de)}
-.unt-data{padding:3px 2px}
+.unt-message{padding:7px 14px;border-top:1px solid var(--jp-border-color2,#d5d9de)} .unt-data{padding:3px 2px}
 .unt-data>div{display:flex;flex-wrap:wrap;gap:6px 28px;padding-top:6px;max-height:420px;overflow:auto}
 .unt-panel summary{cursor:pointer} .unt-panel input:disabled{opacity:.55}
 .unt-warn{background:#fff4ce;color:#4d3800} .unt-warn pre{white-space:pre-wrap;font-size:12px;max-height:300px;overflow:auto;color:inherit}
@@ -276,8 +277,7 @@ _TABS = """.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin
 .unt-form .widget-hbox{align-items:center} .unt-form .unt-apply{margin-left:153px;width:110px} .unt-data b{display:block}
 .unt-number{width:175px} .unt-number .widget-label{width:95px!important} .unt-form table,.unt-data table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .unt-form th,.unt-form td{padding:2px 12px 2px 0;text-align:left;vertical-align:top;border:0} .unt-form tr{background:none!important}
-.unt-numbers{display:flex;flex-wrap:wrap;gap:10px 40px} .unt-log{max-height:340px;overflow:auto}
-.unt-sheets{gap:12px} .unt-panel .unt-sheet{flex:1 1 auto;max-width:660px;overflow:hidden} .unt-photo{image-rendering:auto;margin:0!important}
+.unt-numbers{display:flex;flex-wrap:wrap;gap:10px 40px} .unt-log{max-height:340px;overflow:auto} .unt-sheets{gap:12px} .unt-panel .unt-sheet{flex:1 1 auto;max-width:660px;overflow:hidden} .unt-photo{image-rendering:auto;margin:0!important}
 .unt-sheet .widget-html{margin:0!important} .unt-columns{display:grid;grid-template-columns:repeat(4,1fr);height:22px;font-weight:600}
 .unt-sheets>.widget-html{flex:0 0 190px;align-self:stretch;margin:0!important;padding-top:22px} .unt-sheets>.widget-html>.widget-html-content{height:100%}
 .unt-rows{display:grid;grid-auto-rows:1fr;height:100%} .unt-rows>div{align-self:center} .unt-rows span{display:block;overflow-wrap:anywhere}

@@ -204,7 +204,10 @@ class Scrubber:
         return self.number.value
 
     @value.setter
-    def value(self, value):
+    def value(
+        self,
+        value: int,  # One of those that can be chosen
+    ) -> None:
         self.number.value = value
 
     def span(
