@@ -6,6 +6,7 @@
 
 import io
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -139,6 +140,10 @@ def tour(session):
     lab.run_cell(4)
     session.until("Traceback", 2)
     session.shot("12_failed", 2)
+    lab.page.evaluate("() => { jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart() }")
+    session.until("kernel is gone")
+    session.panel(0).scroll_into_view_if_needed()
+    session.shot("13_kernel_gone")
 
 
 def main():
@@ -163,6 +168,8 @@ def main():
                     finally:
                         lab.close()
                         server.close()
+    for theme, name in (("light", "panel.png"), ("dark", "panel_dark.png")):  # Those at the top of the README
+        shutil.copy(IMAGES / f"panel_2_training_{theme}_2x.png", IMAGES / name)
 
 
 if __name__ == "__main__":

@@ -293,11 +293,11 @@ def test_artists_do_not_pile_up():
 
 
 def test_the_dark_filter_keeps_text_and_lines_apart():
-    "The CSS filter of the panel, invert(.92) hue-rotate(180deg): the ground becomes dark, blue stays bluish, vermillion reddish"
+    "The CSS filter of the panel, invert(.87) hue-rotate(180deg): the ground becomes dark, blue stays bluish, vermillion reddish"
     turned = np.array([[-0.574, 1.430, 0.144], [0.426, 0.430, 0.144], [0.426, 1.430, -0.856]])
 
     def dark(rgb):
-        inverted = 255 * 0.92 + np.asarray(rgb, float) * (1 - 2 * 0.92)
+        inverted = 255 * 0.87 + np.asarray(rgb, float) * (1 - 2 * 0.87)
         return np.clip(turned @ inverted, 0, 255)
 
     ground, blue, red = dark([255, 255, 255]), dark([0x00, 0x72, 0xB2]), dark([0xD5, 0x5E, 0x00])

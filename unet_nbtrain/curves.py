@@ -136,7 +136,7 @@ class _Canvas:
         pointer = {"arrowstyle": "-", "color": _VAL, "linewidth": 0.8, "shrinkA": 10, "shrinkB": 7, "patchA": None}  # To cut the line at the text's box would take longer than all curves
         label = {"color": _VAL, "fontsize": 8.5, "ha": "center", "va": "center", "path_effects": HALO, "zorder": 8, "animated": animated, **FONT}
         self.labels = {name: home[name].annotate("", (0, 0), (0.5, 0.5), textcoords="axes fraction", arrowprops=pointer, **label) for name in ("loss", *metrics)}
-        self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=COLORS["hint"], fontsize=9.5, **FONT) for ax in self.axes]
+        self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=_FAINT, fontsize=9.5, **FONT) for ax in self.axes]
         told = {"train": "train", "val": "validation"} | ({"batch": "each batch"} if batches else {})
         self.legend = self.axes[0].legend(
             handles=[Line2D([], [], **STYLES[kind], label=label) for kind, label in told.items()], loc="lower right", bbox_to_anchor=(1, 0.995), ncols=3, frameon=False, prop={**LEGEND_FONT, "size": 8.5}, labelcolor=_FAINT,
@@ -275,7 +275,8 @@ class RunFigure(_Dressed):
         ends = [float(x[-1]) for x in (lines["train.loss"][0], batch[0]) if len(x)]
         grey = [float(run["val.loss"][0][-1]) for run in self.earlier if len(run["val.loss"][0])]
         near = [min(until, total or until)] if until and ends and ends[0] < until < 1.6 * ends[0] else []
-        self.right = fit_right(self.right if unit == self.unit else None, max([*ends, *grey, *near], default=0.0), max([total, *grey]) if total else None)
+        far = [*ends, *grey, *near, *(event["epoch"] for event in events)]
+        self.right = fit_right(self.right if unit == self.unit else None, max(far, default=0.0), max([total, *grey]) if total else None)
         self.ranges = self._fit(self._with_earlier(lines), batch[1])
         self.unit = unit
         changed = self._redress(events, bool(ends), len(lines["lr"][0]) > 0)

@@ -156,7 +156,7 @@ def progress_html(
 ) -> str:
     "Progress in epochs and in the batches of the present phase."
     speed = next((row.get("images_per_second") for row in reversed(status.rows)), None)
-    pace = f" · {speed:.0f} images/s" if speed and math.isfinite(speed) else ""
+    pace = f" · {speed:.0f} images/s" if speed and math.isfinite(speed) and status.state != "idle" else ""
     phase = {"val": " of the validation"}.get(status.phase, "")
     unknown = "" if status.batches else f"{status.batch}" if status.batch else "–"
     batches = unknown or f"{status.batch} of {status.batches}{phase}"
@@ -251,14 +251,14 @@ _FRAME = """
 .unt-panel.unt-panel :focus-visible{outline:3px solid #0072B2!important;outline-offset:1px} .unt-panel button .fa::before{speak:never}
 .unt-bars{display:grid;grid-template-columns:52px minmax(120px,1fr) minmax(190px,auto);gap:5px 10px;align-items:center;padding:10px 14px 2px}
 .unt-bar{display:block;height:9px;border-radius:5px;background:var(--jp-border-color2,#e4e8ec);overflow:hidden} .unt-bar>span{display:block;height:100%;background:#0072B2;border-radius:5px}
-.unt-plot{display:block;background:#fff} body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:invert(.92) hue-rotate(180deg)}
+.unt-plot{display:block;background:#fff} body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:invert(.87) hue-rotate(180deg)}
 .unt-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));margin:0;border-top:1px solid var(--jp-border-color2,#d5d9de)}
 .unt-tiles>div{padding:7px 14px 8px;border-right:1px solid var(--jp-border-color2,#d5d9de)} .unt-tiles>div:last-child{border-right:0}
 .unt-tiles span{display:block;font-size:11px;color:var(--jp-ui-font-color2,#57606a)}
 .unt-tiles b{font-size:17px;font-weight:650;font-variant-numeric:tabular-nums}
 .unt-tiles small{font-size:11px;font-weight:400;color:var(--jp-ui-font-color2,#57606a)}
 .unt-message{padding:7px 14px;border-top:1px solid var(--jp-border-color2,#d5d9de)} .unt-data{padding:3px 2px}
-.unt-data>div{display:flex;flex-wrap:wrap;gap:6px 28px;padding-top:6px;max-height:420px;overflow:auto}
+.unt-data>div{display:flex;flex-wrap:wrap;gap:6px 28px;padding-top:6px;max-height:420px;overflow:auto} .unt-data>div>div{flex:1 1 360px}
 .unt-panel summary{cursor:pointer} .unt-panel input:disabled{opacity:.55}
 .unt-warn{background:#fff4ce;color:#4d3800} .unt-warn pre{white-space:pre-wrap;font-size:12px;max-height:300px;overflow:auto;color:inherit}
 .unt-quiet{background:var(--jp-layout-color2,#f6f7f9)} .unt-wrong{color:var(--jp-error-color1,#b3261e)} .unt-waits{font-style:italic}
@@ -273,17 +273,17 @@ _FRAME = """
 _TABS = """.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin-top:2px} .unt-tabs>.widget-tab-contents{border:0!important;padding:8px 0 2px!important}
 .unt-tabs .lm-TabBar-tab.lm-mod-current,.unt-tabs .p-TabBar-tab.p-mod-current{font-weight:650}
 .unt-tabs :focus-visible{outline:3px solid #0072B2;outline-offset:-3px}
-.unt-menus{padding:0 10px;gap:2px 10px} .unt-caption{padding:0 14px 4px;font-size:12px} .unt-form{padding:4px 12px 8px}
-.unt-form .widget-hbox{align-items:center} .unt-form .unt-apply{margin-left:153px;width:110px} .unt-data b{display:block}
+.unt-menus{padding:0 10px;gap:2px 10px} body[data-jp-theme-light='false'] .unt-menus select{background-image:url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23bdbdbd' stroke-width='1.7'/%3E%3C/svg%3E")} .unt-form .unt-buttons{padding:9px 0 5px} .unt-caption{padding:0 14px 4px;font-size:12px} .unt-form{padding:4px 12px 8px}
+.unt-form .widget-hbox{align-items:center} .unt-form .unt-apply{margin-left:153px;width:110px} .unt-data b{display:block} .unt-data :is(td,th){white-space:nowrap;text-align:left!important;padding:1px 20px 1px 0!important} .unt-data :is(td,th):first-child{display:none} .unt-data img{max-width:100%;margin:0}
 .unt-number{width:175px} .unt-number .widget-label{width:95px!important} .unt-form table,.unt-data table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-.unt-form th,.unt-form td{padding:2px 12px 2px 0;text-align:left;vertical-align:top;border:0} .unt-form tr{background:none!important}
+.unt-form th,.unt-form td{padding:2px 12px 2px 0;text-align:left;vertical-align:top;border:0} .unt-form tr{background:none!important} .unt-fixed{margin-top:8px} .unt-fixed th{white-space:nowrap}
 .unt-numbers{display:flex;flex-wrap:wrap;gap:10px 40px} .unt-log{max-height:340px;overflow:auto} .unt-sheets{gap:12px} .unt-panel .unt-sheet{flex:1 1 auto;max-width:660px;overflow:hidden} .unt-photo{image-rendering:auto;margin:0!important}
 .unt-sheet .widget-html{margin:0!important} .unt-columns{display:grid;grid-template-columns:repeat(4,1fr);height:22px;font-weight:600}
 .unt-sheets>.widget-html{flex:0 0 190px;align-self:stretch;margin:0!important;padding-top:22px} .unt-sheets>.widget-html>.widget-html-content{height:100%}
 .unt-rows{display:grid;grid-auto-rows:1fr;height:100%} .unt-rows>div{align-self:center} .unt-rows span{display:block;overflow-wrap:anywhere}
 .unt-rows b{font-size:15px;font-variant-numeric:tabular-nums} .unt-legend{display:flex;flex-wrap:wrap;gap:2px 14px}
 .unt-key{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:5px;vertical-align:-1px}
-.unt-panel .unt-scrub{margin-left:16px} .unt-scrub .noUi-handle{visibility:hidden} .unt-panel .unt-scrub .noUi-handle::before{content:"";visibility:visible;display:block;position:absolute;
+.unt-panel .unt-scrub{margin:4px 2px 8px 16px} .unt-scrub .noUi-handle{visibility:hidden} .unt-panel .unt-scrub .noUi-handle::before{content:"";visibility:visible;display:block;position:absolute;
   inset:-1px;width:auto;height:auto;border:1px solid var(--jp-border-color0,#8b949e);border-radius:50%;background:var(--jp-layout-color1,#fff);cursor:grab}
 .unt-panel .unt-scrub .noUi-handle:hover::before{border-color:#0072B2;background:#0072B2}
 .unt-still,.unt-gone{display:none} .unt-panel.jupyter-widgets-disconnected .unt-gone{display:block} .jupyter-widgets-disconnected .unt-stale{display:none}
