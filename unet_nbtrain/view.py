@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 
 from .text import format_duration, format_rate
 
-_SIZES = weakref.WeakKeyDictionary()  # Parameters of each model in words: counting those of a large one takes longer than all other text
-
 # %% ../nbs/16_view.ipynb #12650c14
 @dataclass
 class Status:
@@ -61,6 +59,9 @@ def time_at_pace(
     return max(pace * todo - spent, 0.0)
 
 # %% ../nbs/16_view.ipynb #24dce405
+_SIZES = weakref.WeakKeyDictionary()  # Parameters of each model in words: counting those of a large one takes longer than all other text
+
+
 def read_status(
     trainer: object,  # A `UNetTrainer`
     num_epochs: int,  # Epochs that Start would train
@@ -263,8 +264,7 @@ _FRAME = """
 .unt-warn{background:#fff4ce;color:#4d3800} .unt-warn pre{white-space:pre-wrap;font-size:12px;max-height:300px;overflow:auto;color:inherit}
 .unt-quiet{background:var(--jp-layout-color2,#f6f7f9)} .unt-wrong{color:var(--jp-error-color1,#b3261e)} .unt-waits{font-style:italic}
 .unt-panel .widget-html{height:auto} .unt-note{align-self:center;margin-left:6px;color:var(--jp-ui-font-color2,#57606a)}
-.unt-panel button:disabled{opacity:.45} .unt-panel button .fa{margin-right:6px}
-.unt-pending{background-image:linear-gradient(45deg,rgba(255,255,255,.35) 25%,transparent 25% 50%,rgba(255,255,255,.35) 50% 75%,transparent 75%)!important;
+.unt-panel button:disabled{opacity:.45} .unt-panel button .fa{margin-right:6px} .unt-pending{background-image:linear-gradient(45deg,rgba(255,255,255,.35) 25%,transparent 25% 50%,rgba(255,255,255,.35) 50% 75%,transparent 75%)!important;
   background-size:20px 20px!important;animation:unt-move 1s linear infinite}
 @keyframes unt-move{to{background-position:20px 0}} @media(prefers-reduced-motion:reduce){.unt-pending{animation:none}}
 """
