@@ -144,6 +144,7 @@ def tour(session):
     session.until("kernel is gone")
     session.panel(0).scroll_into_view_if_needed()
     session.shot("13_kernel_gone")
+    lab.wait_until_ready()  # A kernel that is just starting cannot be shut down
 
 
 def main():
@@ -168,8 +169,7 @@ def main():
                     finally:
                         lab.close()
                         server.close()
-    for theme, name in (("light", "panel.png"), ("dark", "panel_dark.png")):  # Those at the top of the README
-        shutil.copy(IMAGES / f"panel_2_training_{theme}_2x.png", IMAGES / name)
+    shutil.copy(IMAGES / "panel_2_training_light_2x.png", IMAGES / "panel.png")  # The one at the top of the README
 
 
 if __name__ == "__main__":

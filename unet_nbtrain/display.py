@@ -84,13 +84,15 @@ class _Facts:
         self.trainer, self.num_epochs = trainer, num_epochs
         self._watcher, self._asked, self._samples = Watcher(_keep_curves), Asked(), SampleKeeper()
         self._check = DataCheck(trainer, self._watcher.ring)
-        self._looked, self._files, self._runs, self._found = -1e9, {}, {}, (None, None)
+        self._look_at, self._files, self._runs, self._found = 0.0, {}, {}, (None, None)
 
     def _moment(self):
         "What decides about the buttons"
         trainer, run = self.trainer, self.trainer.run
-        if time.monotonic() > self._looked + 2:
-            self._files, self._runs, self._looked = list_checkpoints(checkpoint_folder(trainer)), earlier_runs(trainer.run_dir), time.monotonic()
+        if time.monotonic() > self._look_at:
+            began = time.thread_time()
+            self._files, self._runs = list_checkpoints(checkpoint_folder(trainer)), earlier_runs(trainer.run_dir)
+            self._look_at = time.monotonic() + max(2, 1000 * (time.thread_time() - began))
         state = "idle" if run is None else "starting" if run.state == "idle" else run.state
         best = trainer.best_weights.available or "best_model.pth" in self._files
         found = earlier_session(trainer) if self._files else ""
@@ -204,7 +206,7 @@ class _Painting(_Headed):
         "Bring all widgets up to the present moment"
         run = self.trainer.run
         ended = run is not None and run.ended and self._drawn_run is not run
-        self._looked = -1e9 if ended else self._looked
+        self._look_at = 0.0 if ended else self._look_at
         moment = self._moment()
         status = read_status(self.trainer, self.num_epochs, self._watcher.begun_at, "start" in self._asked.pending())
         html_of, record = self._widgets.html, self._record(moment)
@@ -292,9 +294,7 @@ class _Painter:
         self._panel._paint_safely(with_picture)
 
     def alive(self):
-        run, starts = self._panel.trainer.run, "start" in self._panel._asked.pending()
-        return starts or (run is not None and run.state in ("running", "paused", "stopping"))
+        return "start" in self._panel._asked.pending() or getattr(self._panel.trainer.run, "state", "") in ("running", "paused", "stopping")
 
     def busy(self):
-        run = self._panel.trainer.run
-        return run is not None and run.state == "running"
+        return getattr(self._panel.trainer.run, "state", "") == "running"
