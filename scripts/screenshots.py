@@ -6,6 +6,7 @@
 
 import io
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -139,6 +140,11 @@ def tour(session):
     lab.run_cell(4)
     session.until("Traceback", 2)
     session.shot("12_failed", 2)
+    lab.page.evaluate("() => { jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart() }")
+    session.until("kernel is gone")
+    session.panel(0).scroll_into_view_if_needed()
+    session.shot("13_kernel_gone")
+    lab.wait_until_ready()  # A kernel that is just starting cannot be shut down
 
 
 def main():
@@ -163,6 +169,7 @@ def main():
                     finally:
                         lab.close()
                         server.close()
+    shutil.copy(IMAGES / "panel_2_training_light_2x.png", IMAGES / "panel.png")  # The one at the top of the README
 
 
 if __name__ == "__main__":

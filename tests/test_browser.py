@@ -1,7 +1,9 @@
 """The panel in real JupyterLab and Notebook 7 with Chromium, as a person uses it. Screenshots stay in tests/shots/ to be looked at."""
 
 import importlib.util
+import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -140,6 +142,7 @@ def test_busy_cell_second_view_and_reload(opened):
     lab.run_cell(1, wait=False)
     lab.page.wait_for_timeout(1000)
     lab.panel().scroll_into_view_if_needed()
+    assert not lab.panel().locator(".unt-gone, .unt-stale").locator("visible=true").count()
     lab.button("Pause").click()
     assert lab.until(lambda: lab.badge() == "paused", "badge 'paused' while a cell is busy") < 4
     lab.wait_until_ready()
@@ -197,14 +200,34 @@ def test_saved_without_a_kernel(opened):
         other.page.close()
 
 
+CONTROLS = "button, input, select"
+DEAD = f"""() => [...document.querySelector('.unt-panel').querySelectorAll('{CONTROLS}')].filter(at => {{
+  const style = getComputedStyle(at);
+  at.focus();
+  return style.pointerEvents === 'none' && style.filter !== 'none' && document.activeElement !== at;
+}}).map(at => at.textContent.trim() || at.tagName)"""
+
+
 def test_the_kernel_is_restarted(opened):
-    """The panel that has lost its kernel says so; a new one offers to go on"""
-    lab = opened("1 + 1")
+    """One that stands still has no news and is not given up; one that is restarted leaves a panel that is seen to be dead; a new one offers to go on"""
+    lab = opened("import os; print(os.getpid())")
     begin(lab, 2)
-    stale = lab.panel().locator(".unt-stale")
-    assert not stale.is_visible()
+    stale, gone = (lab.panel().locator(name) for name in (".unt-stale", ".unt-gone"))
+    kernel = int(lab.output(1))
+    assert not stale.is_visible() and not gone.is_visible()
+    os.kill(kernel, signal.SIGSTOP)
+    try:
+        lab.until(stale.is_visible, "words about missing news")
+        assert not gone.is_visible() and lab.page.evaluate(DEAD) == []
+    finally:
+        os.kill(kernel, signal.SIGCONT)
+    lab.until(lambda: not stale.is_visible(), "news")
     lab.page.evaluate("() => { jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart() }")
-    lab.until(stale.is_visible, "words about a kernel that is gone")
+    lab.until(gone.is_visible, "words about a kernel that is gone")
+    assert not stale.is_visible() and "Run the cell again" in gone.inner_text()
+    dead = lab.page.evaluate(DEAD)
+    assert {"Pause", "Stop", "Save"} <= set(dead) and len(dead) == lab.panel().locator(CONTROLS).count(), dead
+    shot(lab, "7_kernel_gone")
     lab.wait_until_ready()
     lab.run_cell(0)
     lab.button("Resume").wait_for(timeout=60_000)
@@ -223,9 +246,9 @@ FOCUSED = """() => {
 }"""
 
 
-def walk(lab, most=40):
+def walk(lab, first="Pause", most=40):
     """What Tab reaches inside the panel, from its first control on, and what of it has no visible focus"""
-    lab.button("Pause").focus()
+    lab.button(first).focus()
     reached, unseen = [], []
     for _ in range(most):
         at = lab.page.evaluate(FOCUSED)
@@ -267,6 +290,23 @@ def test_keyboard_alone_in_the_dark(opened):
         lab.page.keyboard.press("Enter")
         lab.until(lambda: lab.badge() == "paused", "badge 'paused'")
         shot(lab, "5_dark_settings")
+
+        lab.tab("Predictions")
+        epoch = lab.panel().get_by_role("spinbutton", name="epoch", exact=True)
+        lab.until(lambda: epoch.is_visible() and int(epoch.input_value()) == done(lab), "newest epoch")
+        reached, unseen = walk(lab, "Resume")
+        assert "input epoch" in reached and not unseen and not any("div" in what for what in reached), (reached, unseen)
+        epoch.focus()
+        lab.page.keyboard.press("ArrowDown")
+        name = f"Epoch {done(lab) - 1}:"
+        lab.until(lambda: name in (lab.panel().locator("img.unt-photo").get_attribute("title") or ""), f"picture '{name}'")
+        knob, rail = (lab.panel().locator(f".unt-scrub .noUi-{part}").bounding_box() for part in ("handle", "base"))
+        lab.page.mouse.move(knob["x"] + knob["width"] / 2, knob["y"] + knob["height"] / 2)
+        lab.page.mouse.down()
+        lab.page.mouse.move(rail["x"], knob["y"] + 5, steps=5)
+        lab.page.mouse.up()
+        lab.until(lambda: epoch.input_value() == "1", "first epoch by the mouse")
+        shot(lab, "5_dark_predictions")
     finally:
         lab.dark(False)
 

@@ -102,7 +102,7 @@ def test_every_blit_equals_a_full_draw():
         png = live.png(history, (x[:upto], y[:upto]), total_epochs=12)
         if live.blits > blits:
             compared += 1
-            live._background = None
+            live._parts = None
             assert live.png(history, (x[:upto], y[:upto]), total_epochs=12) == png
     assert compared > 20
 
@@ -292,12 +292,28 @@ def test_artists_do_not_pile_up():
     assert max(counts[40:]) <= max(counts[10:20])
 
 
+def test_the_parts_laid_over_each_other_are_the_figure():
+    "Before the first batch, with everything in it, and after the axis of the loss alone was drawn anew"
+    live, run, (x, y) = LiveCurves(dpi=60), a_run(5), a_trace(5.5, 30)
+    run.mark("set", 2.5, 9, "lr 0.1 -> 0.01")
+    for history, trace in ((History(), ((), ())), (run, (x, y)), (run, (x, [*y[:-30], *[9.0] * 30]))):
+        live.png(history, trace, total_epochs=50)
+        curves = live._curves
+        curves.canvas.restore_region(live._background)
+        parts = np.array(curves.canvas.buffer_rgba())[..., :3]
+        curves.legend.set_animated(False)
+        curves.canvas.draw()
+        curves.legend.set_animated(True)
+        assert np.array_equal(parts, np.array(curves.canvas.buffer_rgba())[..., :3])
+    assert live.full_draws == 3 and curves.axes[0].get_ylim()[1] > 8
+
+
 def test_the_dark_filter_keeps_text_and_lines_apart():
-    "The CSS filter of the panel, invert(.92) hue-rotate(180deg): the ground becomes dark, blue stays bluish, vermillion reddish"
+    "The CSS filter of the panel, invert(.87) hue-rotate(180deg): the ground becomes dark, blue stays bluish, vermillion reddish"
     turned = np.array([[-0.574, 1.430, 0.144], [0.426, 0.430, 0.144], [0.426, 1.430, -0.856]])
 
     def dark(rgb):
-        inverted = 255 * 0.92 + np.asarray(rgb, float) * (1 - 2 * 0.92)
+        inverted = 255 * 0.87 + np.asarray(rgb, float) * (1 - 2 * 0.87)
         return np.clip(turned @ inverted, 0, 255)
 
     ground, blue, red = dark([255, 255, 255]), dark([0x00, 0x72, 0xB2]), dark([0xD5, 0x5E, 0x00])

@@ -170,6 +170,7 @@ class Buttons:
         act: Callable[[str], None],  # Called with the name of the button that was pressed
         more_epochs: int = 10,  # What the field for more epochs says first
     ):
+        self._seen = None
         self.controls = {name: free_clicks(widgets.Button(layout=widgets.Layout(width="auto"))) for name in button_faces(Moment())}
         self.controls["primary"].button_style = "primary"
         for name, button in self.controls.items():
@@ -188,7 +189,10 @@ class Buttons:
         moment: Moment,  # The facts
         asked: Asked,  # What was pressed
     ) -> None:
-        "Give every button its face, and say what became of the last press."
+        "Give every button its face, and say what became of the last press; nothing is done where nothing has changed."
+        if (seen := (moment, asked.pending(), asked.line)) == self._seen:
+            return
+        self._seen = seen
         late = ("start",) if moment.state in ("running", "paused") else ()  # The run is there, and can be paused before its first batch
         waiting = {_PENDING.get(name, name): name for name in asked.pending() if name not in late}
         for name, face in button_faces(moment).items():

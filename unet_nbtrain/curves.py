@@ -133,12 +133,12 @@ class _Canvas:
         self.lines = {name: home[name.split(".", 1)[-1]].add_line(Line2D([], [], **STYLES[name.split(".")[0]], animated=animated)) for name in names}
         band = {"transform": self.axes[0].get_xaxis_transform(), "facecolor": _VAL, "edgecolor": "none", "linewidth": 0, "zorder": 1}
         self.window, self.band = (self.axes[0].add_patch(Rectangle((0, 0), 0, 1, animated=animated, alpha=alpha, **band)) for alpha in (0.05, 0.07))
-        pointer = {"arrowstyle": "-", "color": _VAL, "linewidth": 0.8, "shrinkA": 4, "shrinkB": 7}
+        pointer = {"arrowstyle": "-", "color": _VAL, "linewidth": 0.8, "shrinkA": 10, "shrinkB": 7, "patchA": None}  # To cut the line at the text's box would take longer than all curves
         label = {"color": _VAL, "fontsize": 8.5, "ha": "center", "va": "center", "path_effects": HALO, "zorder": 8, "animated": animated, **FONT}
         self.labels = {name: home[name].annotate("", (0, 0), (0.5, 0.5), textcoords="axes fraction", arrowprops=pointer, **label) for name in ("loss", *metrics)}
-        self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=COLORS["hint"], fontsize=9.5, **FONT) for ax in self.axes]
+        self.hints = [ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=_FAINT, fontsize=9.5, **FONT) for ax in self.axes]
         told = {"train": "train", "val": "validation"} | ({"batch": "each batch"} if batches else {})
-        self.axes[0].legend(
+        self.legend = self.axes[0].legend(
             handles=[Line2D([], [], **STYLES[kind], label=label) for kind, label in told.items()], loc="lower right", bbox_to_anchor=(1, 0.995), ncols=3, frameon=False, prop={**LEGEND_FONT, "size": 8.5}, labelcolor=_FAINT,
             handlelength=1.4, handleheight=0.7, handletextpad=0.4, columnspacing=0.9, borderpad=0.2, borderaxespad=0.1, labelspacing=0.5, numpoints=1, markerscale=1)
 
@@ -206,7 +206,7 @@ class _Compared(_Canvas):
         home = {"val.loss": self.axes[0], **{f"val.{name}": ax for name, ax in zip(self.metrics, self.axes[1:])}}
         self.earlier = tuple(runs)
         self._grey = [ax.add_line(Line2D(*run[name], **STYLES["earlier"])) for run in runs for name, ax in home.items() if name in run]
-        self.key = None
+        self.keys = ()
 
     def _fit(self, lines, batch):
         "The y ranges; a score that is not one of ours may have any values, so its axis is fitted to them"
@@ -221,28 +221,39 @@ class _Compared(_Canvas):
 class _Dressed(_Compared):
     "Everything that is not an animated artist"
 
-    ranges, right, key, marks, named, ratio = (None,) * 3, None, None, (), (), 60
+    ranges, right, keys, marked, marks, named, ratio = (None,) * 3, None, (), None, (), (), 60
 
     def _redress(self, events, started, epochs):
-        "Everything that is not an animated artist: scales, limits, ticks, titles, hints, marks"
-        for ax, title, name, known in zip(self.axes, self.titles, self.names, self.ranges):
-            log = known is not None and known.log
-            locator = LogLocator(subs=(1, 2, 5) if known.high - known.low < 2.2 else (1,), numticks=8) if log else MaxNLocator(6, steps=[1, 2, 5, 10])
-            ax.set_yscale("log" if log else "linear")
-            ax.yaxis.set_major_locator(locator)
-            ax.yaxis.set_major_formatter(FuncFormatter(tick_text) if log else EvenTicks(tick_text))
-            ax.minorticks_off()
-            ax.set_xlabel(self.unit)
-            ax.xaxis.set_major_locator(MaxNLocator(4 if ax is self.axes[-1] else 8, steps=[1, 2, 5, 10], integer=self.unit == "epoch", min_n_ticks=1))
-            ax.set(xlim=(-0.015 * self.right, self.right), ylim=known.limits() if known else (0, 1.03))
-            ax.tick_params(labelleft=known is not None)
-            title.set_text(f"{name} (log)" if log and ax is self.axes[0] else name)
-        self.hints[0].set_text("" if self.ranges[0] else "no finite loss" if started else "waiting for the first batch")
-        for hint, known in list(zip(self.hints, self.ranges))[1:-1]:
-            hint.set_text("" if known else "no finite value" if epochs else "after the first epoch")
-        for artist in self.marks:
-            artist.remove()
-        self.marks = draw_marks(self.axes[:-1], events, self.right)
+        "Everything that is not an animated artist, where it has changed; returns the numbers of those axes"
+        marked = self.right, self.unit, len(events), *events[-1:]
+        if marked != self.marked:
+            for artist in self.marks:
+                artist.remove()
+            self.marked, self.marks = marked, draw_marks(self.axes[:-1], events, self.right)
+        loss = "no finite loss" if started else "waiting for the first batch"
+        empty = [loss, *["no finite value" if epochs else "after the first epoch"] * len(self.metrics), ""]
+        keys = [(known, "" if known else hint, *marked) for known, hint in zip(self.ranges, empty)]
+        keys[-1] = keys[-1][:4]  # The learning rate has no marks
+        changed = [i for i, key in enumerate(keys) if not self.keys or key != self.keys[i]]
+        self.keys = keys
+        for i in changed:
+            self._dress(i, *keys[i][:2])
+        return changed
+
+    def _dress(self, i, known, hint):
+        "Scale, limits, ticks, title and hint of an axes"
+        ax, name, log = self.axes[i], self.names[i], known is not None and known.log
+        locator = LogLocator(subs=(1, 2, 5) if known.high - known.low < 2.2 else (1,), numticks=8) if log else MaxNLocator(6, steps=[1, 2, 5, 10])
+        ax.set_yscale("log" if log else "linear")
+        ax.yaxis.set_major_locator(locator)
+        ax.yaxis.set_major_formatter(FuncFormatter(tick_text) if log else EvenTicks(tick_text))
+        ax.minorticks_off()
+        ax.set_xlabel(self.unit)
+        ax.xaxis.set_major_locator(MaxNLocator(4 if ax is self.axes[-1] else 8, steps=[1, 2, 5, 10], integer=self.unit == "epoch", min_n_ticks=1))
+        ax.set(xlim=(-0.015 * self.right, self.right), ylim=known.limits() if known else (0, 1.03))
+        ax.tick_params(labelleft=known is not None)
+        self.titles[i].set_text(f"{name} (log)" if log and i == 0 else name)
+        self.hints[i].set_text(hint)
 
 # %% ../nbs/07_curves.ipynb #eea2577f
 class RunFigure(_Dressed):
@@ -256,7 +267,7 @@ class RunFigure(_Dressed):
         total: float | None = None,  # Where the x axis ends at the latest
         unit: str = "epoch",  # What x is counted in
         until: float | None = None,  # Where early stopping would end the run, if nothing gets better
-    ) -> tuple[bool, bool]:  # Whether the background has changed, and whether the labels have
+    ) -> tuple[list[int], bool]:  # The axes whose background has changed, and whether the labels have
         "Show these data."
         for name, (x, y) in {**lines, "batch": batch}.items():
             self.lines[name].set_data(x, y)
@@ -264,12 +275,10 @@ class RunFigure(_Dressed):
         ends = [float(x[-1]) for x in (lines["train.loss"][0], batch[0]) if len(x)]
         grey = [float(run["val.loss"][0][-1]) for run in self.earlier if len(run["val.loss"][0])]
         near = [min(until, total or until)] if until and ends and ends[0] < until < 1.6 * ends[0] else []
-        self.right = fit_right(self.right if unit == self.unit else None, max([*ends, *grey, *near], default=0.0), max([total, *grey]) if total else None)
+        far = [*ends, *grey, *near, *(event["epoch"] for event in events)]
+        self.right = fit_right(self.right if unit == self.unit else None, max(far, default=0.0), max([total, *grey]) if total else None)
         self.ranges = self._fit(self._with_earlier(lines), batch[1])
-        epochs = len(lines["lr"][0]) > 0
-        key = self.ranges, self.right, len(events), *events[-1:], len(ends), epochs, unit, self.earlier, self.ratio
-        changed, self.key, self.unit = key != self.key, key, unit
-        if changed:
-            self._redress(events, bool(ends), epochs)
+        self.unit = unit
+        changed = self._redress(events, bool(ends), len(lines["lr"][0]) > 0)
         named, self.named = self.named, self._name_best(ends[0] if ends else 0.0, until)
-        return changed, changed or named != self.named
+        return changed, bool(changed) or named != self.named

@@ -28,7 +28,7 @@ from .predictions import PredictionsTab, SampleKeeper
 from .settings_form import SettingsForm
 from .tabs import BoxTab, CurvesTab, Tabs, TextTab, earlier_runs
 from .trial import TrialBox
-from .view import STYLE, Status, badge, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
+from .view import GONE, STYLE, Status, badge, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
 from .watcher import DataCheck, Farewell, Pump, Watcher
 from .widgets import HAS_WIDGETS, display, get_ipython, open_colab, widgets
 
@@ -42,9 +42,9 @@ def _still(png):
     return out.getvalue()
 
 
-def _still_html(png, history, sentence):
+def _still_html(png, history, sentence, small=False):
     "The curves and the table as HTML that needs no kernel"
-    picture = f'<img alt="Curves of the run" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(_still(png)).decode()}">' if png else ""
+    picture = f'<img alt="Curves of the run" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(_still(png) if small else png).decode()}">' if png else ""
     return f'<div class="unt-still"><p>{html.escape(sentence)}</p>{picture}{history._repr_html_() if len(history) else ""}</div>'
 
 # %% ../nbs/17_display.ipynb #a94deefc
@@ -57,7 +57,7 @@ class _Widgets:
         self.html["spoken"].add_class("unt-spoken")
         self.buttons, self.tabs, self.curves = Buttons(act), Tabs(ring), CurvesTab(ring)
         self.controls, self.picture = self.buttons.controls, self.curves.picture
-        style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
+        style = widgets.HTML(STYLE + GONE)
         order = [style, self.html["header"], self.buttons.box, self.tabs.widget]
         self.box = widgets.VBox([*order, *(self.html[name] for name in ("tiles", "message", "spoken"))])
         self.box.add_class("unt-panel")
@@ -84,13 +84,15 @@ class _Facts:
         self.trainer, self.num_epochs = trainer, num_epochs
         self._watcher, self._asked, self._samples = Watcher(_keep_curves), Asked(), SampleKeeper()
         self._check = DataCheck(trainer, self._watcher.ring)
-        self._looked, self._files, self._runs, self._found = -1e9, {}, {}, (None, None)
+        self._look_at, self._files, self._runs, self._found = 0.0, {}, {}, (None, None)
 
     def _moment(self):
         "What decides about the buttons"
         trainer, run = self.trainer, self.trainer.run
-        if time.monotonic() > self._looked + 2:
-            self._files, self._runs, self._looked = list_checkpoints(checkpoint_folder(trainer)), earlier_runs(trainer.run_dir), time.monotonic()
+        if time.monotonic() > self._look_at:
+            began = time.thread_time()
+            self._files, self._runs = list_checkpoints(checkpoint_folder(trainer)), earlier_runs(trainer.run_dir)
+            self._look_at = time.monotonic() + max(2, 1000 * (time.thread_time() - began))
         state = "idle" if run is None else "starting" if run.state == "idle" else run.state
         best = trainer.best_weights.available or "best_model.pth" in self._files
         found = earlier_session(trainer) if self._files else ""
@@ -134,7 +136,7 @@ class _Tabbed(_Facts):
     def _fill_tabs(self, put):
         "The tabs, each with what paints it"
         tabs, controls, trainer = self._widgets.tabs, self._widgets.controls, self.trainer
-        self.form, self._menu, predictions = SettingsForm(trainer, put, self.num_epochs), CheckpointsTab(controls["rewind"]), PredictionsTab()
+        self.form, self._menu, predictions = SettingsForm(trainer, put, self.num_epochs), CheckpointsTab(controls["rewind"]), PredictionsTab(self._watcher.ring)
         tabs.add(self._widgets.curves, self._paint_curves)
         tabs.add(predictions, lambda: predictions.paint(self._samples, trainer.ignore_index))
         tabs.add(self.form, lambda: self.form.paint(trainer, self.num_epochs))
@@ -204,7 +206,7 @@ class _Painting(_Headed):
         "Bring all widgets up to the present moment"
         run = self.trainer.run
         ended = run is not None and run.ended and self._drawn_run is not run
-        self._looked = -1e9 if ended else self._looked
+        self._look_at = 0.0 if ended else self._look_at
         moment = self._moment()
         status = read_status(self.trainer, self.num_epochs, self._watcher.begun_at, "start" in self._asked.pending())
         html_of, record = self._widgets.html, self._record(moment)
@@ -228,7 +230,7 @@ class _Painting(_Headed):
     def _refresh_stills(self, status, live=False):
         "What the saved notebook shows to a reader without a kernel; `live` also renews the panel's own output"
         self._still_due = time.monotonic() + (30 if HAS_WIDGETS else 2)
-        still = _still_html(bytes(self._widgets.picture.value), self._shown[1], spoken(status))
+        still = _still_html(self._widgets.picture.value, self._shown[1], spoken(status), small=live)
         for panel, beside in self._handles:
             beside.update({"text/html": still, "text/plain": spoken(status)}, raw=True)
             if live and panel is not None:
@@ -269,7 +271,7 @@ class Display(_Safe):
         open_colab()
         handle = display(self._widgets.bundle(text), raw=True, display_id=True) if HAS_WIDGETS else self._show_bar()
         if handle is not None or not HAS_WIDGETS:
-            still = {"text/html": _still_html(bytes(self._widgets.picture.value), self._shown[1], text), "text/plain": text}
+            still = {"text/html": _still_html(self._widgets.picture.value, self._shown[1], text), "text/plain": text}
             self._handles.append((handle, display(still, raw=True, display_id=True)))
 
     def _show_bar(self):
@@ -292,9 +294,7 @@ class _Painter:
         self._panel._paint_safely(with_picture)
 
     def alive(self):
-        run = self._panel.trainer.run
-        return run is not None and run.state in ("running", "paused", "stopping")
+        return "start" in self._panel._asked.pending() or getattr(self._panel.trainer.run, "state", "") in ("running", "paused", "stopping")
 
     def busy(self):
-        run = self._panel.trainer.run
-        return run is not None and run.state == "running"
+        return getattr(self._panel.trainer.run, "state", "") == "running"

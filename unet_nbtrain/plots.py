@@ -91,7 +91,7 @@ def plot_history(
 class _Blitting:
     "A figure on a canvas, drawn with as little work as its changes allow"
 
-    _background, full_draws, blits = None, 0, 0
+    _parts, full_draws, blits = None, 0, 0
 
     def _encoded(self):
         "The canvas as a PNG of 256 colours"
@@ -100,12 +100,27 @@ class _Blitting:
         image.quantize(palette=_PALETTE, dither=Image.Dither.NONE).save(out, "png", compress_level=1)
         return out.getvalue()
 
-    def _draw(self, background, labels):
+    def _draw_parts(self, changed):
+        "Draw the axes that have changed, each alone, then lay all parts over each other; each has a column of the page, and the darker pixel wins"
+        curves, renderer = self._curves, self._curves.canvas.get_renderer()
+        page, edges = np.asarray(curves.canvas.buffer_rgba()), [(int(ax.bbox.x0), int(ax.bbox.x1)) for ax in curves.axes]
+        columns = [slice(a, b) for a, b in zip([0, *(right for _, right in edges[:-1])], [*(left for left, _ in edges[1:]), None])]
+        places = dict(zip([*curves.axes, curves.legend], [*columns, columns[0]]))
+        todo, self._parts = list(places) if self._parts is None else [curves.axes[i] for i in changed], self._parts or {}
+        for part in todo:
+            page[:, places[part]] = 255
+            part.draw(renderer)
+            self._parts[part] = page[:, places[part]].copy()
+        page[...] = 255
+        for part, column in places.items():
+            np.minimum(page[:, column], self._parts[part], out=page[:, column])
+        self._background = curves.canvas.copy_from_bbox(curves.figure.bbox)
+
+    def _draw(self, changed, labels):
         "Bring the canvas up to date, with as little drawing as these changes allow"
-        curves, fresh = self._curves, background or self._background is None
+        curves, fresh = self._curves, bool(changed) or self._parts is None
         if fresh:
-            curves.canvas.draw()
-            self._background = curves.canvas.copy_from_bbox(curves.figure.bbox)
+            self._draw_parts(changed)
         if fresh or labels:
             self._layer(self._background, curves.labels.values())
             self._labelled = curves.canvas.copy_from_bbox(curves.figure.bbox)
@@ -137,7 +152,8 @@ class LiveCurves(_Blitting):
     ) -> None:
         "Choose what the next pictures show."
         if look.metric != self.look.metric or not hasattr(self, "_curves"):
-            self._curves, self._background = RunFigure(self._size, self._dpi, [look.metric], animated=True), None
+            self._curves, self._parts = RunFigure(self._size, self._dpi, [look.metric], animated=True), None
+            self._curves.legend.set_animated(True)
         self.look, self._rows = look, None
         self._curves.ratio = {None: 60, True: 0, False: math.inf}[look.log]
         self._curves.compare([look.lines(history) for history in earlier])
@@ -153,7 +169,7 @@ class LiveCurves(_Blitting):
         history = history.snapshot()
         if history.rows != self._rows:  # Rows are compared by identity first, so this is quick
             self._rows, self._lines = history.rows, self.look.lines(history)
-        place, (x, y) = self.look.placer(history), thin(*batch_trace)
+        place, (x, y) = self.look.placer(history), thin(*batch_trace, most=500)
         events = [{**event, "epoch": float(place(event["epoch"]))} for event in history.events]
         total, until = (float(place(epoch)) if epoch else None for epoch in (total_epochs, until))
         self._draw(*self._curves.update(self._lines, (place(x), y), events, total, self.look.unit(history), until))

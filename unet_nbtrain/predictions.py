@@ -12,6 +12,7 @@ import html
 import io
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from .overlays import ERROR_COLORS, image_dice, overlay_errors, overlay_mask, tile, to_rgb
 from .thumbnails import Worst, WorstSample, labels_of, stride_for
-from .widgets import free_clicks, name_picture, new_picture, widgets
+from .widgets import Scrubber, name_picture, new_picture, widgets
 
 # %% ../nbs/16_predictions.ipynb #76723b4a
 class Frame(NamedTuple):
@@ -173,12 +174,15 @@ def samples_html(
 
 # %% ../nbs/16_predictions.ipynb #7d3403fb
 class PredictionsTab:
-    "The samples of a run, scrubbed by epoch: `slider` chooses, `picture` shows."
+    "The samples of a run, scrubbed by epoch: `epoch` chooses, `picture` shows."
 
     title = "Predictions"
 
-    def __init__(self):
-        self.slider = free_clicks(widgets.IntSlider(1, min=1, max=1, description="epoch", layout=widgets.Layout(width="min(520px, 95%)")))
+    def __init__(
+        self,
+        ring: Callable[[], object] = lambda: None,  # Called when somebody has chosen another epoch
+    ):
+        self.epoch = Scrubber("epoch", ring)
         self.picture = new_picture("webp")
         self.picture.add_class("unt-photo")
         heads = "".join(f"<span>{name}</span>" for name in COLUMNS)
@@ -187,7 +191,7 @@ class PredictionsTab:
         self._sheet = widgets.HBox([sheet, self.beside], layout=widgets.Layout(display="none"))
         sheet.add_class("unt-sheet")
         self._sheet.add_class("unt-sheets")
-        self.box = widgets.VBox([self.slider, self._sheet, self.words])
+        self.box = widgets.VBox([self.epoch.box, self._sheet, self.words])
         self.box.add_class("unt-form")
         self._shown = None
 
@@ -200,13 +204,8 @@ class PredictionsTab:
         if not keeper.frames:
             self.words.value = '<span class="unt-soft">The first predictions come with the first validation.</span>'
             return
-        first, last = keeper.frames[0].epoch, keeper.frames[-1].epoch
-        follows = self.slider.value == self.slider.max
-        self.slider.max = max(last, self.slider.min)
-        self.slider.min = min(first, last)
-        if follows or self.slider.value > last:
-            self.slider.value = last
-        frame = keeper.at(self.slider.value)
+        self.epoch.span(keeper.frames[0].epoch, keeper.frames[-1].epoch)
+        frame = keeper.at(self.epoch.value)
         if frame is not self._shown:
             self._show(keeper, frame, ignore_index)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['widgets', 'HAS_WIDGETS', 'get_ipython', 'display', 'StandIn', 'stand_ins', 'find_widgets', 'find_notebook',
-           'open_colab', 'free_clicks', 'new_picture', 'name_picture']
+           'open_colab', 'free_clicks', 'new_picture', 'name_picture', 'Scrubber']
 
 # %% ../nbs/15_widgets.ipynb #8705b443
 import importlib
@@ -179,3 +179,47 @@ def name_picture(
     "Give a picture the words for those who cannot see it."
     if picture.has_trait("tooltip"):
         picture.tooltip = text
+
+# %% ../nbs/15_widgets.ipynb #4bdd02f4
+class Scrubber:
+    "A whole number to be dragged or typed: `number` has the label and the keyboard, `slider` is for the mouse, `box` holds both."
+
+    def __init__(
+        self,
+        label: str,  # Stands before the number
+        ring: Callable[[], object] = lambda: None,  # Called when the number has changed
+    ):
+        self.number = free_clicks(widgets.BoundedIntText(1, min=1, max=1, description=label, layout=widgets.Layout(width="150px")))
+        self.slider = free_clicks(widgets.IntSlider(1, min=1, max=1, readout=False, layout=widgets.Layout(width="min(380px, 60%)")))
+        self.number.style.description_width = "initial"
+        self.slider.add_class("unt-scrub")
+        self.box = widgets.HBox([self.number, self.slider], layout=widgets.Layout(flex_flow="row wrap"))
+        for widget, other in ((self.number, self.slider), (self.slider, self.number)):
+            widget.observe(lambda change, other=other: setattr(other, "value", change["new"]), "value")
+        self.number.observe(lambda change: ring(), "value")
+
+    @property
+    def value(self) -> int:
+        "What is chosen; it can be set."
+        return self.number.value
+
+    @value.setter
+    def value(
+        self,
+        value: int,  # One of those that can be chosen
+    ) -> None:
+        self.number.value = value
+
+    def span(
+        self,
+        low: int,  # The smallest number, at least 1
+        high: int,  # The largest
+    ) -> None:
+        "What can be chosen; a value that stood at the largest number stays there."
+        if (low, high) == (self.number.min, self.number.max):
+            return
+        follows = self.value == self.number.max
+        for widget in (self.number, self.slider):
+            widget.max, widget.min = max(high, widget.min), low
+            widget.max = high
+        self.value = high if follows else min(max(self.value, low), high)
