@@ -479,7 +479,7 @@ def listed(part):
         if isinstance(value, dict):
             value = "; ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in value.items())
         text.append(f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |")
-    return "\n".join(["| | |", "|---|---|", *text])
+    return "\n".join(["| what | value |", "|---|---|", *text])
 
 
 def write(out, found, dry):
@@ -487,7 +487,7 @@ def write(out, found, dry):
     text = [f"# One graphics card\n\n{device}; torch {torch.__version__}. Images a second in training, peak GB of tensors, share of the floor.\n"]
     text += [table(found, dry), "\n## The floor\n", listed(found.get("floor", {})), "\n## Beside other loops\n"]
     for case, row in found.get("loops", {}).items():
-        text += [f"\n{case}:\n", listed(row)]
+        text += [f"\n### {case}\n", listed(row)]
     text += ["\n## What must be true\n", listed(found.get("safety", {}))]
     if found.get("failed"):
         text += ["\n## Parts that failed\n", listed(found["failed"])]
