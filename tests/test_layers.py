@@ -35,6 +35,7 @@ ALLOWED = {
     "control": set(),
     "settings": set(),
     "run_log": {"torch", "numpy"},
+    "event_files": {"numpy", "tensorboard"},
     "tensorboard_logger": {"torch", "numpy", "tensorboard"},
     "loggers": {"torch", "numpy", "tqdm"},
     "figures": {"matplotlib"},

@@ -14,6 +14,7 @@ import types
 import pytest
 import torch
 
+from unet_nbtrain import event_files
 from unet_nbtrain import tensorboard_logger as tensorboard_room
 from unet_nbtrain.events import Observers
 from unet_nbtrain.history import History
@@ -137,6 +138,23 @@ def test_three_sessions_in_one_second(tmp_path):
         trainer.current_epoch = finished
         trainer.train()
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_all_of_an_epoch_is_in_the_files_when_the_next_observer_hears_of_it(tmp_path, monkeypatch, threads):
+    "Without a thread; and with PyTorch's, one for each file, where a version of TensorBoard does not tell which file it writes"
+    if threads:
+        monkeypatch.setattr(event_files, "_EventFile", None)
+        monkeypatch.setattr(tensorboard_room, "end_thread", lambda writer: vars(writer.file_writer.event_writer).pop("_file_name") and event_files.end_thread(writer))
+    before, seen = set(threading.enumerate()), []
+
+    class Look:
+        def on_epoch_end(self, trainer, row):
+            seen.append((len(set(threading.enumerate()) - before), steps(tmp_path), steps(tmp_path, "Dice")))
+
+    Trainer(TensorBoardLogger(tmp_path), Look(), epochs=3).train()
+    assert seen == [(threads, [1], [1]), (threads, [1, 2], [1, 2]), (threads, [1, 2, 3], [1, 2, 3])]
+    assert set(threading.enumerate()) == before
 
 
 def test_custom_metrics_and_odd_names_travel(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .event_files import end_thread, shown_points
 from .overlays import sample_rows, tile
 from .records import best_row
 from .run_log import describe_run
@@ -87,7 +88,7 @@ class _Writers:
     "One writer for each run; opened and closed together"
 
     def __init__(self, log_dir):
-        self.log_dir, self._writers, self._last = Path(log_dir), {}, None
+        self.log_dir, self._writers, self._last, self._best = Path(log_dir), {}, None, None
 
     def _open(self, first_step):
         from torch.utils.tensorboard import SummaryWriter
@@ -100,9 +101,14 @@ class _Writers:
             time.sleep(0.05)
         for name, where in folders.items():
             self._writers[name] = SummaryWriter(str(where), purge_step=first_step)
+            end_thread(self._writers[name])
+
+    def _flush(self):
+        for writer in self._writers.values():
+            writer.flush()
 
     def _close(self):
-        "Close all, also when one of them fails; `SummaryWriter.close` itself leaves its thread behind when the disk is full"
+        "Close all, also when one of them fails; `SummaryWriter.close` itself would leave a thread behind when the disk is full"
         with ExitStack() as stack:
             for name in list(self._writers):
                 stack.callback(self._writers.pop(name).file_writer.close)
@@ -117,23 +123,9 @@ class _Writers:
             raise
 
 # %% ../nbs/12_tensorboard_logger.ipynb #fc286c4c
-_KEPT = {"scalars": 0, "images": 1, "tensors": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1, "graph": 1, "meta_graph": 1, "run_metadata": 1}
-
-
-def _shown_points(log_dir):
-    "What TensorBoard would show: a value for each run, tag and step"
-    if not any(log_dir.glob("*/events.out.tfevents.*")):
-        return {}
-    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
-
-    reader = EventMultiplexer(size_guidance=_KEPT).AddRunsFromDirectory(str(log_dir)).Reload()
-    found = ((run, tag) for run, kinds in reader.Runs().items() for tag in kinds["scalars"])
-    return {(run, tag, event.step): event.value for run, tag in found for event in reader.Scalars(run, tag)}
-
-
 def _missing_rows(log_dir, rows, class_names):
     "The rows of a history from the first one on that TensorBoard would not show as it is"
-    shown = _shown_points(log_dir) if rows else {}
+    shown = shown_points(log_dir) if rows else {}
     for i, row in enumerate(rows):
         wanted = (((run, tag, row["epoch"]), value) for run, numbers in scalars(row, class_names).items() for tag, value in numbers.items())
         if not all(where in shown and _is_same(shown[where], value) for where, value in wanted):
@@ -145,8 +137,23 @@ def _is_same(shown, value):
     "Whether a point is that value, in the single precision of event files"
     return math.isclose(shown, value, rel_tol=1e-6) or (math.isnan(shown) and math.isnan(value))
 
+# %% ../nbs/12_tensorboard_logger.ipynb #25411e94
+class _Pictures(_Writers):
+    "When predictions are shown"
+
+    def _show(self, trainer):
+        "The picture of the last validation, and how long there will be no other: 50 times as long as it took"
+        if not self.images or self._last is None or self._pictured == self._last:
+            return
+        start, data = time.monotonic(), getattr(trainer, "preprocessing", None) or {}
+        sheet = prediction_sheet(getattr(trainer, "val_batch", None), data.get("mean"), data.get("std"),
+                                 threshold=getattr(trainer, "threshold", 0.5), ignore_index=getattr(trainer, "ignore_index", None))
+        if sheet is not None:
+            self._writers["validation"].add_image("Predictions", sheet, self._last, dataformats="HWC")
+        self._pictured, self._next_picture = self._last, time.monotonic() + 50 * (time.monotonic() - start)
+
 # %% ../nbs/12_tensorboard_logger.ipynb #33bc3627
-class _Contents(_Writers):
+class _Contents(_Pictures):
     "What is written at the beginning, after an epoch and at the end"
 
     def _begin(self, trainer):
@@ -162,37 +169,34 @@ class _Contents(_Writers):
         *start, self._end = hparams(settings, {f"Best/{name}": 0.0 for name in ("Loss", "Dice", "IoU")})
         for part in start:
             self._writers["validation"].file_writer.add_summary(part)
+        self._flush()
 
     def _write_epoch(self, trainer, row):
         if self._last is not None and row["epoch"] <= self._last:
             self._open(row["epoch"])
+        self._best = self._best_until(row, trainer.history)
         self._last = row["epoch"]
-        past = [old for old in trainer.history.rows if old["epoch"] <= row["epoch"]]
-        self._write_numbers(trainer.history.class_names, row, best_row(past), _gpu_memory(trainer.device))
+        self._write_numbers(trainer.history.class_names, row, self._best, _gpu_memory(trainer.device))
         if time.monotonic() >= self._next_picture:
             self._show(trainer)
-        for writer in self._writers.values():
-            writer.flush()
+        self._flush()
+
+    def _best_until(self, row, history):
+        "The row that is the best one at the end of this epoch"
+        if self._last == row["epoch"] - 1:
+            return best_row([row] if self._best is None else [self._best, row])
+        return best_row([old for old in history.rows if old["epoch"] <= row["epoch"]])
 
     def _write_numbers(self, class_names, row, best, more=()):
         "The numbers of a row, and those of the epoch that was the best one then"
+        from torch.utils.tensorboard.summary import Summary
+
         found, best = scalars(row, class_names), best["val"] if best else {}
         found["train"] |= dict(more)
         found["validation"] |= {f"Best/{_TITLES[name]}": best[name] for name in ("loss", "dice", "iou") if name in best}
         for run, numbers in found.items():
-            for tag, value in numbers.items():
-                self._writers[run].add_scalar(tag, value, row["epoch"])
-
-    def _show(self, trainer):
-        "The picture of the last validation, and how long there will be no other: 50 times as long as it took"
-        if not self.images or self._last is None or self._pictured == self._last:
-            return
-        start, data = time.monotonic(), getattr(trainer, "preprocessing", None) or {}
-        sheet = prediction_sheet(getattr(trainer, "val_batch", None), data.get("mean"), data.get("std"),
-                                 threshold=getattr(trainer, "threshold", 0.5), ignore_index=getattr(trainer, "ignore_index", None))
-        if sheet is not None:
-            self._writers["validation"].add_image("Predictions", sheet, self._last, dataformats="HWC")
-        self._pictured, self._next_picture = self._last, time.monotonic() + 50 * (time.monotonic() - start)
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+            self._writers[run].file_writer.add_summary(Summary(value=values), row["epoch"])
 
     def _finish(self, trainer):
         self._show(trainer)
