@@ -8,13 +8,14 @@ __all__ = ['end_thread', 'shown_points']
 # %% ../nbs/10_event_files.ipynb #2e8a3f35
 import os
 import struct
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
 
 # %% ../nbs/10_event_files.ipynb #5de2fad6
 _BLOCK = 1024
+_PLACES = np.arange(_BLOCK) * 256
 
 
 @cache
@@ -26,20 +27,28 @@ def _effects():
     places = [last]
     while len(places) < _BLOCK:
         places.append(last[places[-1] & 255] ^ places[-1] >> 8)
-    return np.stack(places[::-1])
+    return np.concatenate(places[::-1])
 
 # %% ../nbs/10_event_files.ipynb #71e5698e
 def _checksum(data):
     "The CRC-32C of bytes, as four bytes, masked as event files have it"
-    crc, data, places = 0xFFFFFFFF, np.frombuffer(data, np.uint8), np.arange(_BLOCK)
+    crc, data = 0xFFFFFFFF, np.frombuffer(data, np.uint8)
     for i in range(0, len(data), _BLOCK):
-        part = data[i : i + _BLOCK].copy()
-        part[:4] ^= np.frombuffer(crc.to_bytes(4, "little"), np.uint8)[: len(part)]
-        crc = crc >> 8 * len(part) ^ int(np.bitwise_xor.reduce(_effects()[places[-len(part) :], part]))
+        part = data[i : i + _BLOCK]
+        where = _PLACES[-len(part) :] + part
+        where[:4] ^= np.frombuffer(crc.to_bytes(4, "little"), np.uint8)[: len(part)]
+        crc = crc >> 8 * len(part) ^ int(np.bitwise_xor.reduce(_effects().take(where)))
     crc ^= 0xFFFFFFFF
     return struct.pack("<I", (crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF)
 
 # %% ../nbs/10_event_files.ipynb #51374d13
+@lru_cache(100)
+def _head(size):
+    "What stands before an event of so many bytes"
+    length = struct.pack("<Q", size)
+    return length + _checksum(length)
+
+
 class _EventFile:
     "Events of a `SummaryWriter` wait here for `flush`, which appends them to a file"
 
@@ -48,8 +57,7 @@ class _EventFile:
 
     def add_event(self, event):
         data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        self._waiting += b"".join((length, _checksum(length), data, _checksum(data)))
+        self._waiting += b"".join((_head(len(data)), data, _checksum(data)))
 
     def flush(self):
         waiting, self._waiting = self._waiting, b""

@@ -21,20 +21,22 @@ from pathlib import Path
 # %% ../nbs/00_files.ipynb #99dbb5b5
 def atomic_write(
     path: str | os.PathLike,  # Where the file shall be; missing folders are made
-    data: bytes | str,  # The whole content; text is written as UTF-8 with `\n` line ends
+    data: bytes | str | list[bytes],  # The whole content, or all of its parts; text is written as UTF-8 with `\n` line ends
 ) -> Path:  # The path written
     "Write a file so that readers, a crash or a power cut see the old content or the new, never a part; raises `OSError`."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.isdir(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{threading.get_ident()}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.writelines(data if isinstance(data, list) else [data.encode() if isinstance(data, str) else data])
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
     return path
 
@@ -51,22 +53,25 @@ def sync_folder(
             os.close(handle)
 
 # %% ../nbs/00_files.ipynb #fc088e04
+_PLAIN = frozenset({bool, int, float, str})
+
+
 def to_plain(
     value: object,  # A number, text, mapping, sequence, array or tensor, nested as you like
     where: str = "value",  # What the error message calls it
 ) -> object:  # The same as `bool`, `int`, `float`, `str`, `list` and `dict`, sharing nothing with `value`
     "Plain Python data, `None` as NaN; raises `TypeError` that shows the path to what cannot be kept."
+    if type(value) in _PLAIN:
+        return value
     if value is None:
         return math.nan
-    if isinstance(value, bool):
-        return value
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {str(key): item if type(item) in _PLAIN else to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [item if type(item) in _PLAIN else to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if hasattr(value, "tolist"):
         return to_plain(value.tolist(), where)
     raise TypeError(f"{where} is a {type(value).__name__}. Only numbers, texts, lists and mappings of them can be kept.")
@@ -85,7 +90,7 @@ def unsettled(
     return {key: unsettled(value) for key, value in state.items()} if type(state) is dict else state
 
 # %% ../nbs/00_files.ipynb #c1c7da1b
-_PLAIN = frozenset({type(None), bool, int, float, str, list, dict})
+_NEVER_A_TENSOR = _PLAIN | {type(None), list, dict}
 
 
 class QuickPickle:
@@ -97,7 +102,7 @@ class QuickPickle:
         def __init_subclass__(cls, **options):
             super().__init_subclass__(**options)
             ask = cls.persistent_id
-            cls.persistent_id = lambda self, value: None if type(value) in _PLAIN else ask(self, value)
+            cls.persistent_id = lambda self, value: None if type(value) in _NEVER_A_TENSOR else ask(self, value)
 
 # %% ../nbs/00_files.ipynb #2efb036e
 def to_json(

@@ -8,6 +8,7 @@ __all__ = ['History']
 # %% ../nbs/09_history.ipynb #fcf9e16f
 import json
 import math
+import operator
 import os
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from .text import format_duration, format_rate, html_table, short_number, shown_
 _FORMAT = "unet_nbtrain.history"
 
 
-def _to_json(lines, class_names):
-    "The text of a history file, from the lines of its rows and marks"
-    lists = {key: ",\n  ".join(lines[key]) for key in ("rows", "events")}
-    body = ",\n".join(f' "{key}": [\n  {text}\n ]' if text else f' "{key}": []' for key, text in lists.items())
-    return f'{{"format": "{_FORMAT}", "version": 1, "class_names": {to_json(class_names or [])},\n{body}\n}}\n'
+def _to_json(lists, class_names):
+    "The parts of a history file, from the lines of its rows and those of its marks"
+    parts = [f'{{"format": "{_FORMAT}", "version": 1, "class_names": {to_json(class_names or [])}'.encode()]
+    for key, lines in lists.items():
+        parts += [f',\n "{key}": ['.encode(), *((b"\n  ", lines, b"\n ") if lines else ()), b"]"]
+    return [*parts, b"\n}\n"]
 
 
 def _from_json(text):
@@ -37,13 +39,16 @@ def _from_json(text):
 class _Files(RunRecord):
     "The record on disk"
 
-    _lines = ((), ())  # What was written last: rows and marks, and the JSON of each
+    _written = {"rows": ((), b""), "events": ((), b"")}  # The last time: what there was, and its lines
 
-    def _to_lines(self, state):
-        "The JSON of each row and mark; only what was not there the last time is made anew"
-        known = {id(item): text for item, text in zip(*self._lines)}
-        lines = {key: [known.get(id(item)) or to_json(item) for item in state[key]] for key in ("rows", "events")}
-        self._lines = state["rows"] + state["events"], lines["rows"] + lines["events"]
+    def _lines(self, key, items):
+        "The JSON of rows or of marks; only what was not there the last time is made"
+        known, lines = self._written[key]
+        if len(known) > len(items) or not all(map(operator.is_, known, items)):
+            known, lines = (), b""
+        new = [to_json(item).encode() for item in items[len(known) :]]
+        lines = b",\n  ".join([lines, *new] if known else new)
+        self._written = self._written | {key: (items, lines)}
         return lines
 
     @classmethod
@@ -59,7 +64,8 @@ class _Files(RunRecord):
     ) -> Path:  # The path written
         "Write everything as JSON, atomically; NaN and infinity become `null`. Raises `OSError`."
         state = without_copies(self.state_dict)
-        return atomic_write(path, _to_json(self._to_lines(state), state["class_names"]))
+        lists = {key: self._lines(key, state[key]) for key in ("rows", "events")}
+        return atomic_write(path, _to_json(lists, state["class_names"]))
 
     @classmethod
     def load(

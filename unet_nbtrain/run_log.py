@@ -80,7 +80,8 @@ _one_writer = threading.Lock()
 
 def _append(path, line):
     "Add one line to a file; a line that a crash cut off is ended first"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.isdir(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
