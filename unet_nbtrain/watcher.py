@@ -66,7 +66,7 @@ class Watcher:
         on_end: Callable[[object], None] | None = None,  # Called with the trainer at the end of each run
     ):
         self.trace, self.problems, self.begun_at = BatchTrace(), [], 0.0
-        self.bell, self.urgent = threading.Event(), threading.Event()
+        self.bell, self.urgent, self.new_state = threading.Event(), threading.Event(), False
         self._on_end = on_end
 
     def ring(self) -> None:
@@ -91,6 +91,7 @@ class Watcher:
 
     def on_state_change(self, trainer, state):
         "Paused, running, stopping or over."
+        self.new_state = True
         self.ring()
 
     def on_problem(self, trainer, message):
@@ -166,13 +167,16 @@ class Pump:
             urgent = self.watcher.urgent.is_set()
             self.watcher.bell.clear()
             self.watcher.urgent.clear()
-            self._paint(urgent)
+            new_state, self.watcher.new_state = self.watcher.new_state, False
+            self._paint(urgent, new_state)
             self.watcher.urgent.wait(self.TEXT_EVERY)
 
-    def _paint(self, urgent):
+    def _paint(self, urgent, new_state):
         now, began = time.monotonic(), time.thread_time()
         with_picture = now >= self._next_picture or (urgent and not self.painter.busy())
         try:
+            if with_picture and new_state:
+                self.painter(False)
             self.painter(with_picture)
         except Exception:
             _log.exception("The panel could not be drawn; training is not affected.")
