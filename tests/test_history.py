@@ -415,9 +415,11 @@ def test_a_save_makes_the_text_of_new_rows_only(tmp_path, monkeypatch):
         assert made == [history.rows[-1], []], "the new row, and the names of the classes"
     other = pickle.loads(pickle.dumps(history))
     for record in (history, other, copy.deepcopy(history)):
-        record.truncate(48)
-        record.append({"epoch": 49, "val": {"loss": 7.0}})
-        assert History.load(record.save(tmp_path / "h.json")).rows == record.rows and len(record) == 49
+        for count in (52, 49, 49, 60):
+            record.truncate(48)
+            for epoch in range(49, count + 1):
+                record.append({"epoch": epoch, "val": {"loss": 7.0 + count}})
+            assert History.load(record.save(tmp_path / "h.json")).rows == record.rows and len(record) == count
     assert (tmp_path / "h.json").read_text() == History.load(tmp_path / "h.json").save(tmp_path / "new.json").read_text()
 
 

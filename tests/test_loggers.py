@@ -113,6 +113,17 @@ def test_no_step_is_doubled_after_a_crash_and_a_resume(tmp_path, resumed_from):
     assert steps(tmp_path) == list(range(1, 9)) and not doubled(tmp_path)
 
 
+def test_the_best_epoch_is_never_one_that_a_run_went_back_behind(tmp_path):
+    trainer = Trainer(TensorBoardLogger(tmp_path))
+    trainer.tell("on_run_start")
+    for epoch, loss in ((1, 3.0), (2, 1.0), (2, 2.5), (3, 2.0), (4, 9.0)):
+        trainer.history.truncate(epoch - 1)
+        trainer.history.append({"epoch": epoch, "val": {"loss": loss}})
+        trainer.tell("on_epoch_end", trainer.history.rows[-1])
+    trainer.tell("on_run_end", "done")
+    assert read_back(tmp_path)["validation"]["Best/Loss"] == [(1, 3.0), (2, 2.5), (3, 2.0), (4, 2.0)]
+
+
 def test_a_long_run_in_an_empty_folder_looks_at_each_row_a_few_times(tmp_path, monkeypatch):
     "All rows are written anew, each with the best one of its time, and not by looking at all rows for each"
     looked = []
