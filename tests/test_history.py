@@ -415,7 +415,7 @@ def test_a_save_makes_the_text_of_new_rows_only(tmp_path, monkeypatch):
         assert made == [history.rows[-1], []], "the new row, and the names of the classes"
     other = pickle.loads(pickle.dumps(history))
     for record in (history, other, copy.deepcopy(history)):
-        for count in (52, 49, 49, 60):
+        for count in (52, 49, 49, 60, 48):
             record.truncate(48)
             for epoch in range(49, count + 1):
                 record.append({"epoch": epoch, "val": {"loss": 7.0 + count}})
