@@ -6,61 +6,27 @@
 __all__ = ['end_thread', 'shown_points']
 
 # %% ../nbs/10_event_files.ipynb #2e8a3f35
+import io
 import os
-import struct
-from functools import cache, lru_cache
 from pathlib import Path
 
-import numpy as np
-
 # %% ../nbs/10_event_files.ipynb #5de2fad6
-_BLOCK = 1024
-_PLACES = np.arange(_BLOCK) * 256
-
-
-@cache
-def _effects():
-    "What each byte does to the CRC-32C at each place in a block"
-    last = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        last = last >> 1 ^ (last & 1) * np.uint32(0x82F63B78)
-    places = [last]
-    while len(places) < _BLOCK:
-        places.append(last[places[-1] & 255] ^ places[-1] >> 8)
-    return np.concatenate(places[::-1])
-
-# %% ../nbs/10_event_files.ipynb #71e5698e
-def _checksum(data):
-    "The CRC-32C of bytes, as four bytes, masked as event files have it"
-    crc, data = 0xFFFFFFFF, np.frombuffer(data, np.uint8)
-    for i in range(0, len(data), _BLOCK):
-        part = data[i : i + _BLOCK]
-        where = _PLACES[-len(part) :] + part
-        where[:4] ^= np.frombuffer(crc.to_bytes(4, "little"), np.uint8)[: len(part)]
-        crc = crc >> 8 * len(part) ^ int(np.bitwise_xor.reduce(_effects().take(where)))
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", (crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF)
-
-# %% ../nbs/10_event_files.ipynb #51374d13
-@lru_cache(100)
-def _head(size):
-    "What stands before an event of so many bytes"
-    length = struct.pack("<Q", size)
-    return length + _checksum(length)
-
-
 class _EventFile:
     "Events of a `SummaryWriter` wait here for `flush`, which appends them to a file"
 
     def __init__(self, path):
-        self._path, self._waiting = path, b""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._path, self._waiting = path, io.BytesIO()
+        self._records = RecordWriter(self._waiting)
 
     def add_event(self, event):
-        data = event.SerializeToString()
-        self._waiting += b"".join((_head(len(data)), data, _checksum(data)))
+        self._records.write(event.SerializeToString())
 
     def flush(self):
-        waiting, self._waiting = self._waiting, b""
+        waiting = self._waiting.getvalue()
+        self._waiting.seek(0)
+        self._waiting.truncate()
         if waiting:
             with open(self._path, "ab") as file:
                 file.write(waiting)
