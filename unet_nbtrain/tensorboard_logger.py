@@ -142,7 +142,7 @@ class _Pictures(_Writers):
     "When predictions are shown"
 
     def _show(self, trainer):
-        "The picture of the last validation, and how long there will be no other: 50 times as long as it took"
+        "The picture of the last validation, and how long there will be no other: 200 times as long as it took"
         if not self.images or self._last is None or self._pictured == self._last:
             return
         start, data = time.monotonic(), getattr(trainer, "preprocessing", None) or {}
@@ -150,7 +150,7 @@ class _Pictures(_Writers):
                                  threshold=getattr(trainer, "threshold", 0.5), ignore_index=getattr(trainer, "ignore_index", None))
         if sheet is not None:
             self._writers["validation"].add_image("Predictions", sheet, self._last, dataformats="HWC")
-        self._pictured, self._next_picture = self._last, time.monotonic() + 50 * (time.monotonic() - start)
+        self._pictured, self._next_picture = self._last, time.monotonic() + 200 * (time.monotonic() - start)
 
 # %% ../nbs/12_tensorboard_logger.ipynb #33bc3627
 class _Contents(_Pictures):
