@@ -540,6 +540,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unet_nbtrain.enlarge._beside': ('enlarge.html#_beside', 'unet_nbtrain/enlarge.py'),
                                       'unet_nbtrain.enlarge._doubled': ('enlarge.html#_doubled', 'unet_nbtrain/enlarge.py'),
                                       'unet_nbtrain.enlarge._gathered': ('enlarge.html#_gathered', 'unet_nbtrain/enlarge.py'),
+                                      'unet_nbtrain.enlarge._is_recorded': ('enlarge.html#_is_recorded', 'unet_nbtrain/enlarge.py'),
                                       'unet_nbtrain.enlarge._larger': ('enlarge.html#_larger', 'unet_nbtrain/enlarge.py'),
                                       'unet_nbtrain.enlarge._shares': ('enlarge.html#_shares', 'unet_nbtrain/enlarge.py'),
                                       'unet_nbtrain.enlarge.enlarge': ('enlarge.html#enlarge', 'unet_nbtrain/enlarge.py')},

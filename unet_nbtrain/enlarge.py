@@ -96,7 +96,11 @@ def enlarge(
 ) -> Tensor:  # (N, C, H, W), the same dtype
     "Bilinear interpolation with aligned corners, as `F.interpolate` does it. To twice the size, or one less, the gradient is deterministic on every device."
     plain = x.dtype == torch.float64 or (x.dtype == torch.float32 and not x.is_cuda)
-    doubles = all(new in (2 * old, 2 * old - 1) for old, new in zip(x.shape[-2:], size))
-    if plain or not doubles or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-    return _Enlarged.apply(x, *size)
+    if not (plain or _is_recorded()) and all(new in (2 * old, 2 * old - 1) for old, new in zip(x.shape[-2:], size)):
+        return _Enlarged.apply(x, *size)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def _is_recorded():
+    "Whether somebody writes the operations down, to use them with other sizes later"
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or getattr(torch.compiler, "is_exporting", bool)()

@@ -187,8 +187,9 @@ class _Trying:
             self._ring()
 
         self._said[place] = "Trying one batch …" if place == 0 else "Trying learning rates …"
-        self._threads = [thread for thread in self._threads if thread.is_alive()] + [threading.Thread(target=run, name="unet-trial", daemon=True)]
-        self._threads[-1].start()
+        thread = threading.Thread(target=run, name="unet-trial", daemon=True)
+        thread.start()  # Before others see it: a thread that has not begun cannot be waited for
+        self._threads = [old for old in self._threads if old.is_alive()] + [thread]
         self._ring()
 
     def _check(self):
