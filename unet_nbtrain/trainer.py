@@ -17,7 +17,7 @@ import torch
 
 from .checks import schedule_misfit
 from .control import Run, interrupt_stops
-from .core import exact_kernels, length_of, unwrap
+from .core import exact_kernels, length_of, quick_handover, unwrap
 from .files import to_plain
 from .gate import Stopped
 from .guard import BadSteps, is_out_of_memory
@@ -185,7 +185,8 @@ class _Life(_Endings):
     def _fit(self, run, aside=False):
         reason, error = "stopped by a command", None
         try:
-            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic), searched_kernels(self.train_loader, not self.deterministic):
+            kernels = searched_kernels(self.train_loader, not self.deterministic)
+            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic), kernels, quick_handover(aside):
                 self._begin(run)
                 reason = self._run_epochs()
         except Stopped:
