@@ -50,7 +50,7 @@ MODES = {
     "bf16, cuda_graph": {"amp": "bf16", "cuda_graph": True},
     "bf16, channels_last=False": {"amp": "bf16", "channels_last": False},
 }
-COMPILED = {  # Each size is compiled anew, so these come last and as far as the time goes
+COMPILED = {  # Each size is compiled anew, so few of them come first
     "bf16, compiled": {"amp": "bf16", "compile": "default"},
     "bf16, compiled, checkpoint='auto'": {"amp": "bf16", "compile": "default", "checkpoint": "auto"},
     "bf16, compile='max'": {"amp": "bf16", "compile": "max"},
