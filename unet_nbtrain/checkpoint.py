@@ -26,20 +26,23 @@ _log = logging.getLogger(__name__)
 FORMAT, VERSION = "unet_nbtrain", 1
 
 # %% ../nbs/11_checkpoint.ipynb #87996750
+_LOADS_SAFELY = frozenset({type(None), bool, int, float, str, bytes, Counter, Settled, torch.Size, torch.dtype})
+
+
 def to_plain(
     value: object,  # A nested state: tensors, numbers, text, `None`, lists, tuples, dictionaries, NumPy values
     where: str = "state",  # The name of the value, for the error
 ) -> object:  # The same, of types that `torch.load(weights_only=True)` reads
     "The state with every value of a type that loads safely; raises `CheckpointError` that names an entry which has none."
-    if value is None or type(value) in (bool, int, float, str, bytes, Counter, Settled, torch.Size, torch.dtype):
+    if type(value) in _LOADS_SAFELY:
         return value
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, Mapping):
         kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((to_plain(k, where), to_plain(v, f"{where}[{k!r}]")) for k, v in value.items())
+        return kind((to_plain(k, where), v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{k!r}]")) for k, v in value.items())
     if isinstance(value, (list, tuple, set)):
-        return type(value)(to_plain(v, f"{where}[{i}]") for i, v in enumerate(value))
+        return type(value)(v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{i}]") for i, v in enumerate(value))
     if hasattr(value, "tolist"):
         return value.tolist()
     for base in (bool, int, float, str):

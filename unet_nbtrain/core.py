@@ -153,6 +153,8 @@ def move(
     channels_last: bool = False,  # Whether images get the channels-last memory layout
 ) -> tuple[torch.Tensor, torch.Tensor]:  # Images as float32 in [0, 1] where they were uint8, masks unchanged, on `device`
     "A batch on the device; uint8 images are scaled to [0, 1] there, which moves a quarter of the bytes."
+    if images.device == device == masks.device and images.dtype == torch.float32 and not channels_last:
+        return images, masks
     layout = torch.channels_last if channels_last and images.ndim == 4 else torch.preserve_format
     scale = images.dtype == torch.uint8
     images = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)

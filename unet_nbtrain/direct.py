@@ -59,11 +59,6 @@ class _Canary:
         self._where = _position_of(self._python)
         self._numpy, self._twin = np.random.MT19937(seed % 2**32), np.random.Generator(np.random.MT19937(seed % 2**32))
 
-    @property
-    def sings(self) -> bool:
-        "Whether nobody has drawn; asked once, before `end`."
-        return self._where() == self._at and np.random.random_sample() == self._twin.random()
-
     def begin(self) -> None:
         "From here on it watches."
         if self._where() != self._at:
@@ -71,11 +66,13 @@ class _Canary:
         self._usual = np.random.get_bit_generator()
         np.random.set_bit_generator(self._numpy)
 
-    def end(self) -> None:
-        "The generators are again as before."
-        if self._where() != self._at:
+    def end(self) -> bool:
+        "The generators are again as before; tells whether it has sung to the end."
+        if drawn := self._where() != self._at:
             self._python.setstate(self._state)
+        sang = np.random.random_sample() == self._twin.random()
         np.random.set_bit_generator(self._usual)
+        return sang and not drawn
 
 # %% ../nbs/07_direct.ipynb #ed5ec4a7
 def as_it_is(
@@ -83,17 +80,6 @@ def as_it_is(
 ) -> object:  # The same
     "A `collate_fn` for what is a batch already."
     return batch
-
-
-class _OnlyTorch(Randomness):
-    "PyTorch's generator"
-
-    def __init__(self):
-        super().__init__()
-        self._all = self._all[:1]
-
-    def seed(self, *parts):
-        torch.default_generator.manual_seed(derive_seed(*parts))
 
 
 class _Watching(Randomness):
@@ -126,11 +112,11 @@ _COLLATES = (default_collate, default_convert, join_samples, as_it_is)
 
 
 class _Quick(BatchReader):
-    "A reader that does not seed what is known to draw nothing"
+    "A reader that seeds PyTorch's generator alone, and that only for what may draw"
 
     def _start(self, *parts):
-        if parts[0] != "collate" or self.collate not in _COLLATES:
-            super()._start(*parts)
+        if not self.seeds_itself and (parts[0] != "collate" or self.collate not in _COLLATES):
+            torch.default_generator.manual_seed(derive_seed(self.seed, *parts))
 
 # %% ../nbs/07_direct.ipynb #aaf5aa71
 class DirectReader:
@@ -146,7 +132,7 @@ class DirectReader:
         harmless = all(type(leaf) in _HARMLESS for leaf in reader._inside) and reader.collate in _COLLATES
         parts = reader.dataset, reader.collate, reader.seed, reader.single
         self._quick, self._first = _Quick(*parts), BatchReader(*parts)
-        self._quick.seeds_itself, self._quick._randomness = reader.seeds_itself or harmless, _OnlyTorch()
+        self._quick.seeds_itself = reader.seeds_itself or harmless
         self._ready = reader.dataset if harmless and reader.single and reader.collate is as_it_is else None
         self.draws = False if self._quick.seeds_itself else None
         self._canary = None
@@ -181,8 +167,7 @@ class DirectReader:
         self._canary.begin()
         try:
             parcel = self._quick._read(*ticket)
-            self.draws = not self._canary.sings
         finally:
-            self._canary.end()
+            self.draws = not self._canary.end()
             generator.set_state(state)
         return parcel

@@ -6,6 +6,8 @@
 __all__ = ['quick_step']
 
 # %% ../nbs/08_quick_step.ipynb #23ad6cf2
+from operator import attrgetter
+
 import torch
 from torch.optim import Optimizer
 from torch.optim import optimizer as _module
@@ -40,12 +42,16 @@ def _gathered(
         return None
     params = [p for p in group["params"] if p.grad is not None]
     entries, grads = [state.get(p) for p in params], [p.grad for p in params]
-    if not all(entries) or any(grad.is_sparse for grad in grads) or len({(p.device, p.dtype) for p in params}) > 1:
+    kinds = set(map(attrgetter("device"), params)), set(map(attrgetter("dtype"), params))
+    if not all(entries) or any(map(attrgetter("is_sparse"), grads)) or max(map(len, kinds)) > 1:
         return None
     most = [entry["max_exp_avg_sq"] for entry in entries] if group["amsgrad"] else []
     return params, grads, *([entry[name] for entry in entries] for name in _MOMENTS), most, [entry["step"] for entry in entries]
 
 # %% ../nbs/08_quick_step.ipynb #0c110514
+_ONE = torch.ones((), device="cpu")
+
+
 def quick_step(
     optimizer: Optimizer,  # Any; its gradients are there
     found_inf: torch.Tensor | None = None,  # 0-dim float32 on the device: 1 if this step shall change nothing, else 0; only for fused optimizers
@@ -59,7 +65,7 @@ def quick_step(
         for group, (params, *rest, counts) in zip(optimizer.param_groups, gathered):
             if not params:
                 continue
-            torch._foreach_add_(counts, 1)
+            torch._foreach_add_(counts, [_ONE] * len(counts) if counts[0].is_cpu else 1)
             first, second = group["betas"]
             numbers = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
             kernel(params, *rest, counts, beta1=first, beta2=second, found_inf=found_inf, **numbers)

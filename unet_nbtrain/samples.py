@@ -211,7 +211,7 @@ class _Samples(Dataset):
     def _place(self, epoch, key):
         "The data set that really has a sample, and the key under which it has it"
         inner, at = _locate(self.dataset, key)
-        return inner, SampleKey(at, epoch) if isinstance(at, Integral) and (hasattr(key, "epoch") or getattr(inner, "seeds_itself", False)) else at
+        return inner, SampleKey(at, epoch) if (hasattr(key, "epoch") or getattr(inner, "seeds_itself", False)) and isinstance(at, Integral) else at
 
     def _one(self, epoch, number, place, key):
         "A sample, or a `LostSample`"

@@ -8,6 +8,7 @@ __all__ = ['SETTINGS', 'Rule', 'Choice', 'Parts', 'check_setting', 'LiveSetting'
 # %% ../nbs/10_settings.ipynb #036b1d67
 import math
 from numbers import Integral, Real
+from operator import attrgetter
 from typing import NamedTuple
 
 # %% ../nbs/10_settings.ipynb #c4a1b211
@@ -133,7 +134,7 @@ def check_setting(
     return SETTINGS[name].plain(value)
 
 # %% ../nbs/10_settings.ipynb #2c049918
-class LiveSetting:
+class LiveSetting(property):
     "An attribute that is a live setting: what is assigned is checked, wherever that happens"
 
     def __init__(
@@ -143,10 +144,6 @@ class LiveSetting:
         self.default = default
 
     def __set_name__(self, owner, name):
-        self.name = name
-
-    def __get__(self, owner, kind=None):
-        return self if owner is None else owner.__dict__.get(self.name, self.default)
-
-    def __set__(self, owner, value):
-        owner.__dict__[self.name] = check_setting(self.name, value)
+        self.name, kept = name, f"_live_{name}"
+        setattr(owner, kept, self.default)
+        super().__init__(attrgetter(kept), lambda trainer, value: setattr(trainer, kept, check_setting(name, value)))

@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ class WorkersDied(RuntimeError):
     "A worker process ended before its work was done; the message says how."
 
 
-_KNOWN = {data.RandomSampler, data.SequentialSampler, data.SubsetRandomSampler, data.WeightedRandomSampler, data.BatchSampler, data.DistributedSampler, list, tuple, range}
+_IN_ORDER = {data.SequentialSampler, data.BatchSampler, list, tuple, range}
+_KNOWN = _IN_ORDER | {data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler, data.DistributedSampler}
 
 
 def _promise(samplers):
@@ -171,7 +173,7 @@ class _Indexed(_Source):
         parts = {id(o): o for o in (self.sampler, getattr(self.sampler, "sampler", None), loader.sampler) if o is not None}
         self.samplers = [self.sampler] if self.ours else list(parts.values())
         self.guarantee = _promise(self.samplers)
-        self._randomness = Randomness(loader, *self.samplers)
+        self._randomness, self._draws = Randomness(loader, *self.samplers), not all(type(o) in _IN_ORDER for o in self.samplers)
         reader, context = BatchReader(loader.dataset, loader.collate_fn, seed, self.single), loader.multiprocessing_context
         if loader.num_workers:
             require_portable(reader, context and context.get_start_method())
@@ -210,8 +212,9 @@ class _ByIndex(_Indexed):
     def _drawn(self, epoch, source=None):
         "All batches of an epoch, from a sampler that is not ours"
         for chunk in itertools.count():
-            with self._randomness.kept():
-                self._randomness.seed(self.seed, "order", epoch, chunk)
+            with self._randomness.kept() if self._draws else nullcontext():
+                if self._draws:
+                    self._randomness.seed(self.seed, "order", epoch, chunk)
                 source = source or _announced(self.sampler, self.samplers, epoch)
                 batches = list(itertools.islice(source, _CHUNK))
             yield from ([o] for o in batches) if self.single else batches

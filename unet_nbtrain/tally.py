@@ -92,21 +92,20 @@ class RunningMean(_Mean):
 
     def compute(self) -> float:  # NaN where nothing counted
         "The mean so far; what waits goes on waiting."
-        all_of_it = self._all_of_it()
-        weight = all_of_it.weight
-        return all_of_it._total.item() / weight if weight else float("nan")
+        total, weight = self._read()
+        return total / weight if weight else float("nan")
 
     @property
     def weight(self) -> float:
         "The sum of all weights so far; 0 where nothing counted. Reads the device."
-        all_of_it = self._all_of_it()
-        return 0.0 if all_of_it._weight is None else all_of_it._weight.item()
+        return self._read()[1]
 
-    def _all_of_it(self):
+    def _read(self):
+        "Total and weight, with what waits"
         twin = copy.copy(self)
         if self._entries:
             twin._add_up()
-        return twin
+        return (0.0, 0.0) if twin._weight is None else (twin._total.item(), twin._weight.item())
 
     @property
     def is_empty(self) -> bool:
@@ -156,6 +155,7 @@ class _Counting(_Waiting):
         if kind != self._fits:
             match_target(logits, masks, self.metrics.n_classes)
             self._fits = kind
+        kind = self._fits  # The same object for all alike, which are compared at a glance
         if logits.numel() + masks.numel() <= _SMALL:
             return self._put(kind, logits.detach().clone(), masks.clone(), None)
         self.add(*(counts := self._count(logits, masks)))
@@ -179,11 +179,11 @@ class _Counting(_Waiting):
     def _counts(self, entries):
         "The counts of entries of one kind: classes (N, n_classes, 3) and pixels (N, 3)"
         kinds, first, second, bad = zip(*entries)
-        lengths, first, second = [len(part) for part in first], torch.cat(first), torch.cat(second)
+        parts, first, second = first, torch.cat(first), torch.cat(second)
         if kinds[0] is not None:
             first, second = self._count(first, second)
         if bad[0] is not None:
-            good = torch.cat([(flag == 0).expand(n) for flag, n in zip(bad, lengths)])
+            good = torch.cat([(flag == 0).expand(len(part)) for flag, part in zip(bad, parts)])
             first, second = first * good[:, None, None], second * good[:, None]
         return first, second
 

@@ -81,13 +81,14 @@ class _GoingBack(_Epochs):
     "What becomes of a run whose numbers are bad"
 
     def _require_finite(self, loss):
+        if math.isfinite(loss):
+            return
         if self._train_meter.loss.weight == 0:
             raise ValueError("No pixel of the training masks counts: each is ignored, or its class has the weight 0. Look at describe_masks(train_loader).")
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (now {self.learning_rate:g}) "
-                "or set trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
-            )
+        raise FloatingPointError(
+            f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (now {self.learning_rate:g}) "
+            "or set trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
+        )
 
     def _go_back(self, cause):
         "To the newest good checkpoint, and on from there more slowly"

@@ -19,6 +19,9 @@ from .checkpoint import to_plain
 from .files import Settled
 
 # %% ../nbs/12_writer.ipynb #436d497b
+_SCALARS = frozenset({type(None), bool, int, float, str, bytes})
+
+
 class HostCopy:
     "Memory for copies of a state, which is used again by the next one of the same shape."
 
@@ -41,9 +44,9 @@ class HostCopy:
         if isinstance(value, Settled):
             return Settled(value)
         if isinstance(value, Mapping):
-            return type(value)({key: self._copy(item, (*where, key)) for key, item in value.items()})
+            return type(value)({key: item if type(item) in _SCALARS else self._copy(item, (*where, key)) for key, item in value.items()})
         if isinstance(value, (list, tuple, set)) and type(value) is not torch.Size:
-            return type(value)(self._copy(item, (*where, i)) for i, item in enumerate(value))
+            return type(value)(item if type(item) in _SCALARS else self._copy(item, (*where, i)) for i, item in enumerate(value))
         return value
 
     def _tensor(self, value, where):
