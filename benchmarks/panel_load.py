@@ -1,12 +1,13 @@
-"""What an open panel takes from the training: waiting for the interpreter lock, and throughput, in alternating pairs.
+"""What an open panel takes from the training: waiting for the interpreter lock, and throughput, in alternating stretches of one training.
 
-    python -m benchmarks.panel_load [--pairs 7] [--without-browser]
+    python -m benchmarks.panel_load [--pairs 12] [--without-browser] [--loads launch-bound]
 
-The same steps with the panel shown and without it, in a bare kernel and in a notebook that Chromium looks at. Linux's scheduler tells how long
-the training thread computed and how long it was ready but had no core (`/proc/thread-self/schedstat`). What is left of the wall time is waiting,
-and in a training step without a disk or workers that is the interpreter lock. Between the first and the last batch of one long epoch, so
-that no file is written meanwhile. Other programs on the machine disturb the ready time most; *throughput* is therefore given by wall time and
-without the ready time. About nine minutes with seven pairs.
+The panel is open and works, or it is open and holds still: it hears of nothing and paints nothing. The two take turns every few seconds, within
+one long epoch of the same steps, so that no file is written meanwhile and nothing but the panel differs. Once in a bare kernel, once in a notebook
+that Chromium looks at. Linux's scheduler tells how long the training thread computed and how long it was ready but had no core
+(`/proc/thread-self/schedstat`). What is left of the wall time is waiting, and in a training step without a disk or workers that is the interpreter
+lock. Other programs on the machine disturb the ready time most; *throughput* is therefore given by wall time and without the ready time.
+About nine minutes with twelve pairs.
 """
 
 import argparse
@@ -16,81 +17,94 @@ import tempfile
 
 from .panel_tools import Kernel, opened, table, verdict, write
 
-LOADS = {"launch-bound": (4, 32, 2, 900), "convolution-bound": (16, 96, 4, 80)}  # Width, pixels, batch, steps
+LOADS = {"launch-bound": (4, 32, 2, 1200), "convolution-bound": (16, 96, 4, 60)}  # Width, pixels, batch, steps of a stretch
 MEASURE = """
 import json, time, torch
-from IPython.display import clear_output
 from unet_nbtrain import TrainerPanel, UNet
 from unet_nbtrain.trainer import UNetTrainer
 torch.set_num_threads(1)
 
-class Stretch:
-    pump = None
+class Switch:
+    "In the place of what the panel's thread calls to paint; turned off, the panel hears nothing and paints nothing"
+    def __init__(self, pump, trainer):
+        self.pump, self.trainer, self.painter, self.on, self.rest = pump, trainer, pump.painter, True, 0.0
+        pump.painter = self
+    def __call__(self, with_picture):
+        if self.on:
+            self.painter(with_picture)
+    def alive(self):
+        return self.on and self.painter.alive()
+    def busy(self):
+        return self.painter.busy()
+    def turn(self, on):
+        if on == self.on:
+            return
+        now, self.on = time.monotonic(), on
+        if on:
+            self.trainer.observers.add(self.pump.watcher)
+            self.pump._next_picture = now + self.rest
+        else:
+            self.trainer.observers.remove(self.pump.watcher)
+            self.rest = max(self.pump._next_picture - now, 0.0)
+
+class Stretches:
+    def __init__(self, order, steps, switch):
+        self.order, self.steps, self.switch, self.took = order, steps, switch, []
     def _look(self):
         with open("/proc/thread-self/schedstat") as file:
             computed, ready, _ = map(int, file.read().split())
-        panel = 0
-        if self.pump:
-            with open(f"/proc/self/task/{self.pump.native_id}/schedstat") as file:
-                panel = int(file.read().split()[0])
+        with open(f"/proc/self/task/{self.switch.pump.thread.native_id}/schedstat") as file:
+            panel = int(file.read().split()[0])
         return time.monotonic_ns(), computed, ready, panel
     def on_batch_end(self, trainer, loss):
-        if trainer.phase == "train" and trainer.batch == 1:
+        if trainer.phase == "train" and trainer.batch % self.steps == 1:
+            if trainer.batch > 1:
+                self.took.append([b - a for a, b in zip(self.begun, self._look())])
+            if len(self.took) < len(self.order):
+                self.switch.turn(self.order[len(self.took)])
             self.begun = self._look()
-        elif trainer.phase == "train" and trainer.batch == trainer.num_batches:
-            self.took = [b - a for a, b in zip(self.begun, self._look())]
 
-def measure(width, pixels, size, steps, show, name):
+def measure(width, pixels, size, steps, order, name):
     torch.manual_seed(0)
     images = [torch.rand(size, 3, pixels, pixels) for _ in range(20)]
-    train = [(x, (x[:, :1] > 0.5).float()) for x in (images * (1 + steps // 20))[:steps]]
-    stretch = Stretch()
+    count = steps * len(order) + 2
+    train = [(x, (x[:, :1] > 0.5).float()) for x in (images * (1 + count // 20))[:count]]
     trainer = UNetTrainer(UNet(3, 1, width=width, depth=2), train, train[:2], device="cpu", run_dir=f"runs/{name}")
-    trainer.observers.add(stretch)
-    if show:
-        panel = TrainerPanel(trainer=trainer, num_epochs=1)
-        panel.show()
-        stretch.pump = panel._pump.thread
-        time.sleep(1)
-        panel.start().wait()
-        time.sleep(1)
-        panel._pump.close()
-        clear_output()
-    else:
-        time.sleep(1)
-        trainer.start(1).wait()
-    return dict(zip(("wall", "computed", "ready", "panel"), (number / 1e9 for number in stretch.took)))
+    panel = TrainerPanel(trainer=trainer, num_epochs=1)
+    panel.show()
+    stretches = Stretches(order, steps, Switch(panel._pump, trainer))
+    trainer.observers.add(stretches)
+    panel.start().wait()
+    panel._pump.close()
+    return [dict(zip(("wall", "computed", "ready", "panel"), (number / 1e9 for number in one))) for one in stretches.took]
 """
 
 
-def in_notebook(calls):
-    """The results of calls of `measure`, in a notebook that a browser looks at"""
-    with opened([MEASURE, *(f"found = {call}" for call in calls), "print(json.dumps(found))"]) as lab:
+def in_notebook(call):
+    """The result of a call of `measure`, in a notebook that a browser looks at"""
+    with opened([MEASURE, f"found = {call}", "print(json.dumps(found))"]) as lab:
         lab.run_cell(0)
-        for index in range(len(calls)):
-            lab.cell(index + 1).scroll_into_view_if_needed()
-            lab.run_cell(index + 1)
-            yield json.loads(lab.output(len(calls) + 1))
+        lab.cell(1).scroll_into_view_if_needed()
+        lab.run_cell(1)
+        return json.loads(lab.output(2))
 
 
-def in_kernel(calls):
+def in_kernel(call):
     """The same in a kernel whose messages nobody paints"""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         kernel = Kernel(home)
         try:
             kernel.run(MEASURE)
-            for call in calls:
-                yield json.loads(kernel.run(f"json.dumps({call})", timeout=600)[1:-1])
+            return json.loads(kernel.run(f"json.dumps({call})", timeout=600)[1:-1])
         finally:
             kernel.close()
 
 
 def measure(place, load, pairs):
-    """A line of the table"""
+    """A line of the table; the first pair warms up"""
     width, pixels, size, steps = LOADS[load]
-    order = [shown for pair in range(pairs) for shown in ((True, False) if pair % 2 else (False, True))]
-    calls = [f"measure({width}, {pixels}, {size}, {steps}, {shown}, '{load}_{i}')" for i, shown in enumerate(order)]
-    found = list(zip(order, place(calls)))
+    order = [shown for pair in range(pairs + 1) for shown in ((True, False) if pair % 2 else (False, True))]
+    found = list(zip(order, place(f"measure({width}, {pixels}, {size}, {steps}, {order}, '{load}')")))[2:]
     shares = {shown: [100 * (r["wall"] - r["computed"] - r["ready"]) / r["wall"] for s, r in found if s == shown] for shown in (True, False)}
     walls, works, computed = ([] for _ in range(3))
     for i in range(0, len(found), 2):
@@ -114,16 +128,16 @@ def ratio_text(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--without-browser", action="store_true")
     parser.add_argument("--loads", nargs="+", default=list(LOADS), choices=list(LOADS))
     arguments = parser.parse_args()
     places = [in_kernel] if arguments.without_browser else [in_kernel, in_notebook]
     found = [measure(place, load, arguments.pairs) for place in places for load in arguments.loads]
     about = (
-        f"{arguments.pairs} alternating pairs. *Waits*: share of the training thread's wall time in which it neither computed nor was ready to, that is, waited for the "
+        f"{arguments.pairs} alternating pairs of stretches of about five seconds, in one training. *Waits*: share of the training thread's wall time in which it neither computed nor was ready to, that is, waited for the "
         "interpreter lock; at most 1 more is wanted. *Panel's own work*: processor time of its thread, part of which needs that lock; an upper bound of the waiting on a quiet "
-        "machine. *Throughput*: steps a second with the panel, divided by those without it, median [quartiles], by wall time, "
+        "machine. *Throughput*: steps a second with the panel, divided by those while it holds still, median [quartiles], by wall time, "
         "by wall time less the time in which other programs had the cores, and by processor time of the thread; the second is to be at least 0.98."
     )
     heads = ["training", "where", "a step", "panel's own work", "waits, no panel", "waits, panel", "more", "throughput, wall", "throughput, less ready time", "processor time", "met"]
