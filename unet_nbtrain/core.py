@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['available_devices', 'get_device', 'get_amp_dtype', 'derive_seed', 'seed_step', 'exact_kernels', 'split_batch', 'move',
-           'Carrier', 'quick_handover', 'unwrap', 'length_of', 'dataset_attribute', 'natural_key']
+           'Carrier', 'unwrap', 'length_of', 'dataset_attribute', 'natural_key']
 
 # %% ../nbs/00_core.ipynb #38b8b481
 import hashlib
 import os
 import re
-import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -187,32 +185,6 @@ class Carrier:
         for tensor in moved:
             tensor.record_stream(computing)
         return moved
-
-# %% ../nbs/00_core.ipynb #7816b232
-_HANDOVER = 0.0005  # Seconds
-_asking, _usual, _handover_lock = [], [], threading.Lock()
-
-
-@contextmanager
-def quick_handover(
-    on: bool = True,  # `False`: change nothing
-) -> Iterator[None]:
-    "While this lasts, Python's threads hand the interpreter over after half a millisecond (`sys.setswitchinterval`)."
-    if not on:
-        yield
-        return
-    with _handover_lock:
-        _asking.append(None)
-        if len(_asking) == 1:
-            _usual[:] = [round(sys.getswitchinterval(), 6)]  # Python cuts it to whole microseconds
-            sys.setswitchinterval(min(_HANDOVER, *_usual))
-    try:
-        yield
-    finally:
-        with _handover_lock:
-            _asking.pop()
-            if not _asking:
-                sys.setswitchinterval(_usual[0])
 
 # %% ../nbs/00_core.ipynb #b42aba50
 def unwrap(

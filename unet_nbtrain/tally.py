@@ -155,9 +155,8 @@ class _Counting(_Waiting):
         if kind != self._fits:
             match_target(logits, masks, self.metrics.n_classes)
             self._fits = kind
-        kind = self._fits  # The same object for all alike, which are compared at a glance
         if logits.numel() + masks.numel() <= _SMALL:
-            return self._put(kind, logits.detach().clone(), masks.clone(), None)
+            return self._put(self._fits, logits.detach().clone(), masks.clone(), None)
         self.add(*(counts := self._count(logits, masks)))
         return counts
 

@@ -17,7 +17,7 @@ import torch
 
 from .checks import schedule_misfit
 from .control import Run, interrupt_stops
-from .core import exact_kernels, length_of, quick_handover, unwrap
+from .core import exact_kernels, length_of, unwrap
 from .files import to_plain
 from .gate import Stopped
 from .guard import BadSteps, is_out_of_memory
@@ -25,6 +25,7 @@ from .history import History
 from .losses import create_loss_function
 from .optimizers import create_optimizer
 from .passes import Passes
+from .process import kept_memory, quick_handover
 from .schedulers import create_scheduler, step_scheduler
 from .settings import check_setting
 from .steps import RolledBack
@@ -81,14 +82,13 @@ class _GoingBack(_Epochs):
     "What becomes of a run whose numbers are bad"
 
     def _require_finite(self, loss):
-        if math.isfinite(loss):
-            return
-        if self._train_meter.loss.weight == 0:
+        if math.isnan(loss) and self._train_meter.loss.weight == 0:
             raise ValueError("No pixel of the training masks counts: each is ignored, or its class has the weight 0. Look at describe_masks(train_loader).")
-        raise FloatingPointError(
-            f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (now {self.learning_rate:g}) "
-            "or set trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
-        )
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (now {self.learning_rate:g}) "
+                "or set trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
+            )
 
     def _go_back(self, cause):
         "To the newest good checkpoint, and on from there more slowly"
@@ -186,8 +186,8 @@ class _Life(_Endings):
     def _fit(self, run, aside=False):
         reason, error = "stopped by a command", None
         try:
-            kernels = searched_kernels(self.train_loader, not self.deterministic)
-            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic), kernels, quick_handover(aside):
+            kernels, on_cpu = searched_kernels(self.train_loader, not self.deterministic), self.device.type == "cpu"
+            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic), kernels, quick_handover(aside), kept_memory(on_cpu):
                 self._begin(run)
                 reason = self._run_epochs()
         except Stopped:
