@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from . import environment, loops, peers
-from .cases import CASES, NAMES, describe, fit, one_thread, tell
+from .apart import Apart
+from .cases import CASES, NAMES, describe, one_thread, tell
 from .pairs import is_void, spread, take_turns
 from .tables import RESULTS, circumstances, sentence, table, write
 
-BASES = {"raw": loops.raw, "raw_fused": loops.raw_fused}
+BASES = ("raw", "raw_fused")
 OURS = {
     "raw_again": loops.raw, "raw_fused": loops.raw_fused, "raw_usual": loops.raw_usual,
     "ours": loops.ours, "ours_bar": loops.ours_bar, "ours_loop": loops.ours_loop,
@@ -136,15 +137,26 @@ def report(case, results):
     ])
 
 
+def find(name):
+    "A contestant by its name"
+    return {**OURS, "raw": loops.raw, "ours_again": loops.ours, "ours_panel": loops.ours_panel}.get(name) or peers.late(name)
+
+
+def turns(case, names, bases, rounds, **changes):
+    "`take_turns` with each contestant and each base in a process of its own"
+    with Apart(find, case.name, clip=case.clip, **changes) as apart:
+        return take_turns({name: name for name in names}, {base: base for base in bases}, apart, rounds)
+
+
 PANEL = ("trainer", "CPU over ours", "wall over ours", "us/step more than ours")
 
 
 def panel_report(case, seconds, rounds):
     "The open panel against ours without one, in fits of some seconds, since it paints by the clock and not by the step"
-    probe = fit(loops.ours, case)
+    with Apart(find, case.name, clip=case.clip) as apart:
+        probe = apart("ours")
     epochs = max(math.ceil(seconds / statistics.median(probe.epochs("cpu"))), case.epochs)
-    long = replace(case, epochs=epochs)
-    results = take_turns({"ours_again": loops.ours, "ours_panel": loops.ours_panel}, {"ours": loops.ours}, partial(fit, case=long), rounds)
+    results = turns(case, ["ours_again", "ours_panel"], ["ours"], rounds, epochs=epochs)
     rows = [
         [o.name, spread(o.ratios("ours", mean_step), "{:.3f}"), spread(o.ratios("ours", partial(mean_step, clock="wall")), "{:.3f}"),
          spread(o.differences("ours", mean_step), "{:.0f}")]
@@ -157,7 +169,7 @@ def panel_report(case, seconds, rounds):
 def measure(case, contestants, rounds, panel):
     "All contestants on one case; returns its part of the file"
     tell(describe(case))
-    parts = [report(case, take_turns(contestants, BASES, partial(fit, case=case), rounds))]
+    parts = [report(case, turns(case, contestants, BASES, rounds))]
     if panel:
         tell("with the panel open")
         parts.append(panel_report(case, panel, rounds))
@@ -183,7 +195,7 @@ def main(words=None):
     if arguments.peers and not environment.is_here():
         return environment.run_again("benchmarks.overhead", sys.argv[1:] if words is None else words)
     one_thread()
-    contestants = {name: OURS[name] for name in arguments.only} | {name: peers.late(name) for name in arguments.peers}
+    contestants = [*arguments.only, *arguments.peers]
     cases = [replace(CASES[name], clip=arguments.clip) for name in arguments.cases]
     parts = []
     for case in cases:  # Written after each, so that a run that is broken off has not been for nothing
