@@ -26,7 +26,7 @@ COMMON = f"""
 import os, signal, sys, threading, time
 import torch
 sys.path.insert(0, {HERE!r})
-from process_parts import At, HistoryFiles, RunLog, logged, new_trainer
+from process_parts import At, RunLog, logged, new_trainer
 torch.set_num_threads(1)
 """
 
@@ -73,10 +73,7 @@ def kill(trainer):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-trainer = logged(sys.argv[1], At("on_epoch_end", 15, kill))
-[files] = [o for o in trainer.observers if isinstance(o, HistoryFiles)]
-files.pace.longest = 0.0  # As with long epochs: the file is written after each
-trainer.train(5)
+logged(sys.argv[1], At("on_epoch_end", 15, kill), owed=0.0).train(5)
 """
 
 
