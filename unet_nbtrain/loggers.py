@@ -80,11 +80,11 @@ class _Screen:
             raise ValueError(f"enabled={enabled!r} is not known. Use 'auto', True or False.")
         self._enabled, self._wanted, self._interval = enabled, stream, interval
         self._stream, self._place, self._bar, self._due = None, None, None, math.inf
-        self._at_once, self._began = True, math.inf
+        self._next, self._began = -math.inf, math.inf
 
     def on_run_start(self, trainer) -> None:
         "Decide where and whether to show anything."
-        self._at_once = True
+        self._next = -math.inf
         active = not _in_notebook_thread() if self._enabled == "auto" else self._enabled
         self._stream = (self._wanted or sys.stderr) if active else None
         in_cell = "ipykernel" in type(self._stream).__module__ and _shell() is not None
@@ -127,12 +127,12 @@ class ProgressBar(_Screen):
     "A bar over the batches of an epoch and a line for each finished one, on standard error."
 
     def on_epoch_start(self, trainer) -> None:
-        "A bar from where the epoch goes on: at once after an epoch that was longer than the interval, else when it is due."
+        "A bar from where the epoch goes on; among epochs shorter than the interval, only for one in each."
         self._close()
         if self._place is not None:
             self._first, self._began = trainer.batch, time.monotonic()
             self._due = self._began + self._interval
-            if self._at_once:
+            if self._began >= self._next:
                 self._make(trainer)
 
     def on_batch_end(self, trainer, loss) -> None:
@@ -147,7 +147,8 @@ class ProgressBar(_Screen):
 
     def on_epoch_end(self, trainer, row) -> None:
         "The line of the epoch, in place of the bar."
-        self._at_once = time.monotonic() >= self._began + self._interval
+        if time.monotonic() >= self._began + self._interval:
+            self._next = -math.inf
         self._close()
         self._write(epoch_line(row, trainer.total_epochs), trainer, logging.INFO)
 
@@ -155,7 +156,8 @@ class ProgressBar(_Screen):
         self._train, val = (length_of(getattr(trainer, name, None)) for name in ("train_loader", "val_loader"))
         total = None if self._train is None or val is None else self._train + val
         label = f"epoch {trainer.current_epoch + 1}/{trainer.total_epochs}"
-        self._bar = _new_bar(self._place, total, self._first, label, time.monotonic() - self._began)
+        now = time.monotonic()
+        self._bar, self._next = _new_bar(self._place, total, self._first, label, now - self._began), now + self._interval
 
     def _draw(self, trainer, text):
         if self._bar is None:
