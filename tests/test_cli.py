@@ -111,7 +111,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(home, whole, sent
     run, name = home / sent.name, sent.name
     process = subprocess.Popen([*START, *map(str, training(name))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home, env=environment())
     try:
-        until_rows(run, 2, process)
+        until_epochs(run, 2, process)
         process.send_signal(sent)
         out, err = process.communicate(timeout=60)
     finally:
@@ -131,9 +131,10 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(home, whole, sent
     assert same_weights(run, home / "whole")
 
 
-def until_rows(run, count, process):
-    end = time.monotonic() + 60
-    while not ((run / "history.json").exists() and len(history(run)) >= count):
+def until_epochs(run, count, process):
+    """Until so many are in the log, which has each at once"""
+    end, log = time.monotonic() + 60, run / "log.jsonl"
+    while not (log.exists() and log.read_bytes().count(b'"event": "epoch"') >= count):
         assert process.poll() is None and time.monotonic() < end, "the training ended before it could be interrupted"
         time.sleep(0.01)
 

@@ -31,6 +31,7 @@ ALLOWED = {
     "stored_pairs": {"torch", "numpy", "PIL"},
     "disk": set(),
     "records": set(),
+    "pace": set(),
     "history": set(),
     "control": set(),
     "settings": set(),

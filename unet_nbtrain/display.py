@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from .controls import Asked, Buttons, CheckpointsTab, Moment, button_faces
 from .findings import doubts, log_html, memory_text, numbers_html, problems_html
 from .history import History
 from .loggers import ProgressBar
+from .pace import Pace
 from .plots import plot_history, save_png
 from .restore import checkpoint_folder, earlier_session, list_checkpoints
 from .predictions import PredictionsTab, SampleKeeper
@@ -81,18 +83,17 @@ class _Facts:
     "What the panel knows about its trainer, beside the numbers"
 
     def __init__(self, trainer, num_epochs):
-        self.trainer, self.num_epochs = trainer, num_epochs
+        self.trainer, self.num_epochs, self._found = trainer, num_epochs, (None, None)
         self._watcher, self._asked, self._samples = Watcher(_keep_curves), Asked(), SampleKeeper()
         self._check = DataCheck(trainer, self._watcher.ring)
-        self._look_at, self._files, self._runs, self._found = 0.0, {}, {}, (None, None)
+        self._looks, self._files, self._runs = Pace(share=0.001, longest=math.inf, shortest=2.0, clock=time.thread_time), {}, {}
 
-    def _moment(self):
+    def _moment(self, anew):
         "What decides about the buttons"
         trainer, run = self.trainer, self.trainer.run
-        if time.monotonic() > self._look_at:
-            began = time.thread_time()
-            self._files, self._runs = list_checkpoints(checkpoint_folder(trainer)), earlier_runs(trainer.run_dir)
-            self._look_at = time.monotonic() + max(2, 1000 * (time.thread_time() - began))
+        if anew or self._looks.due:
+            with self._looks.measured():
+                self._files, self._runs = list_checkpoints(checkpoint_folder(trainer)), earlier_runs(trainer.run_dir)
         state = "idle" if run is None else "starting" if run.state == "idle" else run.state
         best = trainer.best_weights.available or "best_model.pth" in self._files
         found = earlier_session(trainer) if self._files else ""
@@ -206,8 +207,7 @@ class _Painting(_Headed):
         "Bring all widgets up to the present moment"
         run = self.trainer.run
         ended = run is not None and run.ended and self._drawn_run is not run
-        self._look_at = 0.0 if ended else self._look_at
-        moment = self._moment()
+        moment = self._moment(anew=ended)
         status = read_status(self.trainer, self.num_epochs, self._watcher.begun_at, "start" in self._asked.pending())
         html_of, record = self._widgets.html, self._record(moment)
         status.rows = record.rows

@@ -109,8 +109,14 @@ def to_json(
     value: object,  # Plain data, or what `to_plain` can make plain
 ) -> str:  # One line
     "The value as one line of standard JSON; NaN and infinity become `null`. Raises `TypeError` as `to_plain` does."
-    text = json.dumps(_nulls(to_plain(value)), allow_nan=False, ensure_ascii=False)
+    try:
+        text = _dumps(value)
+    except (TypeError, ValueError):
+        text = _dumps(_nulls(to_plain(value)))
     return text.encode("utf-8", "backslashreplace").decode()  # A file name may hold half a surrogate pair
+
+
+_dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
 
 def _nulls(value):

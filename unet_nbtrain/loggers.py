@@ -20,6 +20,7 @@ from .core import length_of
 from .events import tell_problem
 from .files import atomic_write
 from .history import History
+from .pace import Pace
 from .run_log import RunLog, epoch_line, is_on_console
 from .tensorboard_logger import TensorBoardLogger
 from .text import short_number
@@ -55,13 +56,15 @@ class _CellLine:
         "Nothing waits to be written"
 
 
-def _new_bar(stream, total, done, label):
-    "A tqdm bar of its own kind: no monitor thread, and a lock that is not shared with other processes"
+def _new_bar(stream, total, done, label, age=0.0):
+    "A tqdm bar of its own kind, begun `age` seconds ago: no monitor thread, and a lock that is not shared with other processes"
     from tqdm.std import tqdm
 
     Bar = type("Bar", (tqdm,), {"monitor_interval": 0})
     Bar.set_lock(threading.RLock())
-    return Bar(total=total, initial=done, desc=label, unit="batch", file=stream, leave=False, dynamic_ncols=True, mininterval=0)
+    bar = Bar(total=total, initial=done, desc=label, unit="batch", file=stream, leave=False, dynamic_ncols=True, mininterval=0)
+    bar.start_t -= age
+    return bar
 
 # %% ../nbs/13_loggers.ipynb #111028c7
 class _Screen:
@@ -77,9 +80,11 @@ class _Screen:
             raise ValueError(f"enabled={enabled!r} is not known. Use 'auto', True or False.")
         self._enabled, self._wanted, self._interval = enabled, stream, interval
         self._stream, self._place, self._bar, self._due = None, None, None, math.inf
+        self._next, self._began = -math.inf, math.inf
 
     def on_run_start(self, trainer) -> None:
         "Decide where and whether to show anything."
+        self._next = -math.inf
         active = not _in_notebook_thread() if self._enabled == "auto" else self._enabled
         self._stream = (self._wanted or sys.stderr) if active else None
         in_cell = "ipykernel" in type(self._stream).__module__ and _shell() is not None
@@ -122,13 +127,13 @@ class ProgressBar(_Screen):
     "A bar over the batches of an epoch and a line for each finished one, on standard error."
 
     def on_epoch_start(self, trainer) -> None:
-        "A new bar, from where the epoch goes on."
+        "A bar from where the epoch goes on; among epochs shorter than the interval, only for one in each."
         self._close()
         if self._place is not None:
-            self._train, val = (length_of(getattr(trainer, name, None)) for name in ("train_loader", "val_loader"))
-            total = None if self._train is None or val is None else self._train + val
-            self._bar = _new_bar(self._place, total, trainer.batch, f"epoch {trainer.current_epoch + 1}/{trainer.total_epochs}")
-            self._due = time.monotonic() + self._interval
+            self._first, self._began = trainer.batch, time.monotonic()
+            self._due = self._began + self._interval
+            if self._began >= self._next:
+                self._make(trainer)
 
     def on_batch_end(self, trainer, loss) -> None:
         "Once in an interval: read the loss (this waits for the device) and draw."
@@ -137,15 +142,26 @@ class ProgressBar(_Screen):
 
     def on_state_change(self, trainer, state) -> None:
         "Say at once that the run is paused, stopping or going on."
-        if self._bar is not None:
+        if self._due < math.inf:
             self._draw(trainer, str(state))
 
     def on_epoch_end(self, trainer, row) -> None:
         "The line of the epoch, in place of the bar."
+        if time.monotonic() >= self._began + self._interval:
+            self._next = -math.inf
         self._close()
         self._write(epoch_line(row, trainer.total_epochs), trainer, logging.INFO)
 
+    def _make(self, trainer):
+        self._train, val = (length_of(getattr(trainer, name, None)) for name in ("train_loader", "val_loader"))
+        total = None if self._train is None or val is None else self._train + val
+        label = f"epoch {trainer.current_epoch + 1}/{trainer.total_epochs}"
+        now = time.monotonic()
+        self._bar, self._next = _new_bar(self._place, total, self._first, label, now - self._began), now + self._interval
+
     def _draw(self, trainer, text):
+        if self._bar is None:
+            self._make(trainer)
         before = (self._train or 0) if trainer.phase == "val" else 0
         self._bar.n = before + trainer.batch
         self._bar.set_postfix_str(text, refresh=False)
@@ -164,49 +180,68 @@ def _sweep(path):
         except (PermissionError, ValueError):
             continue
 
-# %% ../nbs/13_loggers.ipynb #b995572a
-class HistoryFiles:
-    "Keeps `history.json` (and a picture, if one is given) up to date in a folder, and `history.csv` at the end."
+# %% ../nbs/13_loggers.ipynb #1ee03d67
+class _Files:
+    "The files in a folder, and a disk that may refuse them"
 
     def __init__(
         self,
         folder: str | os.PathLike,  # Where the files go; made when the first is written
         picture: Callable[[History], bytes] | None = None,  # Makes a PNG of the history, for `curves.png`
     ):
-        self.folder, self.picture, self._next_picture, self._refused = Path(folder), picture, 0.0, False
+        self.folder, self.picture, self._owed, self._refused = Path(folder), picture, False, False
+        self.pace, self._picture_pace = Pace(share=0.01, longest=5.0), Pace(share=0.05, longest=math.inf)
+
+    def _save(self, history):
+        with self.pace.measured():
+            history.save(self.folder / "history.json")
+        self._owed = False
+
+    def _draw(self, history):
+        with self._picture_pace.measured():
+            atomic_write(self.folder / "curves.png", self.picture(history))
+
+    def _try(self, trainer, write):
+        "Write; a disk that refuses is told once, and asked again the next time"
+        try:
+            write(trainer.history)
+            self._refused = False
+        except OSError as error:
+            for pace in (self.pace, self._picture_pace):
+                pace.reset()
+            if not self._refused:
+                _log.error("The history cannot be written to %s.", self.folder, exc_info=True)
+                tell_problem(trainer, f"The history is not written: {error}. It is complete in memory and in the checkpoints, and is tried again after each epoch.")
+            self._refused = True
+
+# %% ../nbs/13_loggers.ipynb #b995572a
+class HistoryFiles(_Files):
+    "Keeps `history.json` (and a picture, if one is given) up to date in a folder, and `history.csv` at the end."
 
     def on_run_start(self, trainer) -> None:
         "Remove what dead processes left half-written, and write the epochs that a resumed run has behind it."
         for name in ("history.json", "history.csv", "curves.png"):
             _sweep(self.folder / name)
         if len(trainer.history):
-            self._try(trainer, trainer.history.save, self.folder / "history.json")
+            self._try(trainer, self._save)
+        self.pace.reset()
 
     def on_epoch_end(self, trainer, row) -> None:
-        "Write `history.json`; and the picture, unless drawing takes a noticeable part of the time."
-        self._try(trainer, trainer.history.save, self.folder / "history.json")
-        if self.picture and time.monotonic() >= self._next_picture:
-            self._try(trainer, self._draw, trainer.history)
+        "Write `history.json` and the picture if they are due; a row that is not written is owed, till the first epoch that ends after 5 seconds at longest."
+        self._owed = True
+        if self.pace.due:
+            self._try(trainer, self._save)
+        if self.picture and self._picture_pace.due:
+            self._try(trainer, self._draw)
+
+    def on_state_change(self, trainer, state) -> None:
+        "Write what is owed, unless the run goes on."
+        if self._owed and state != "running":
+            self._try(trainer, self._save)
 
     def on_run_end(self, trainer, reason) -> None:
         "Write everything."
-        self._try(trainer, trainer.history.save, self.folder / "history.json")
-        self._try(trainer, trainer.history.to_csv, self.folder / "history.csv")
+        self._try(trainer, self._save)
+        self._try(trainer, lambda history: history.to_csv(self.folder / "history.csv"))
         if self.picture:
-            self._try(trainer, self._draw, trainer.history)
-
-    def _try(self, trainer, write, what):
-        "Write; a disk that refuses is told once, and asked again the next time"
-        try:
-            write(what)
-            self._refused = False
-        except OSError as error:
-            if not self._refused:
-                _log.error("The history cannot be written to %s.", self.folder, exc_info=True)
-                tell_problem(trainer, f"The history is not written: {error}. It is complete in memory and in the checkpoints, and is tried again after each epoch.")
-            self._refused = True
-
-    def _draw(self, history):
-        start = time.monotonic()
-        atomic_write(self.folder / "curves.png", self.picture(history))
-        self._next_picture = time.monotonic() + 20 * (time.monotonic() - start)
+            self._try(trainer, self._draw)

@@ -176,7 +176,7 @@ class _Changes(_Commands):
             with self._asked.doing(name) as said:
                 said.append(act())
         finally:
-            self._look_at = 0.0
+            self._looks.reset()
             self._watcher.ring()
 
 # %% ../nbs/18_panel.ipynb #51f42386

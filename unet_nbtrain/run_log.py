@@ -150,7 +150,8 @@ class RunLog(_Lasting):
     def on_epoch_end(self, trainer, row) -> None:
         "The row of the epoch."
         self._write(trainer, "epoch", **row)
-        self._say(logging.INFO, epoch_line(row, trainer.total_epochs))
+        if _log.isEnabledFor(logging.INFO):
+            self._say(logging.INFO, epoch_line(row, trainer.total_epochs))
 
     def on_state_change(self, trainer, state) -> None:
         "Paused, running, stopping and so on, with the step."

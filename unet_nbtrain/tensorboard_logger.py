@@ -19,6 +19,7 @@ import torch
 
 from .event_files import end_thread, shown_points
 from .overlays import sample_rows, tile
+from .pace import Pace
 from .records import best_row
 from .run_log import describe_run
 
@@ -141,16 +142,21 @@ def _is_same(shown, value):
 class _Pictures(_Writers):
     "When predictions are shown"
 
+    def __init__(self, log_dir):
+        super().__init__(log_dir)
+        self._pictured, self._pace = None, Pace(share=0.005, longest=math.inf)
+
     def _show(self, trainer):
-        "The picture of the last validation, and how long there will be no other: 200 times as long as it took"
+        "The picture of the last validation"
         if not self.images or self._last is None or self._pictured == self._last:
             return
-        start, data = time.monotonic(), getattr(trainer, "preprocessing", None) or {}
-        sheet = prediction_sheet(getattr(trainer, "val_batch", None), data.get("mean"), data.get("std"),
-                                 threshold=getattr(trainer, "threshold", 0.5), ignore_index=getattr(trainer, "ignore_index", None))
-        if sheet is not None:
-            self._writers["validation"].add_image("Predictions", sheet, self._last, dataformats="HWC")
-        self._pictured, self._next_picture = self._last, time.monotonic() + 200 * (time.monotonic() - start)
+        with self._pace.measured():
+            data = getattr(trainer, "preprocessing", None) or {}
+            sheet = prediction_sheet(getattr(trainer, "val_batch", None), data.get("mean"), data.get("std"),
+                                     threshold=getattr(trainer, "threshold", 0.5), ignore_index=getattr(trainer, "ignore_index", None))
+            if sheet is not None:
+                self._writers["validation"].add_image("Predictions", sheet, self._last, dataformats="HWC")
+        self._pictured = self._last
 
 # %% ../nbs/12_tensorboard_logger.ipynb #33bc3627
 class _Contents(_Pictures):
@@ -177,7 +183,7 @@ class _Contents(_Pictures):
         self._best = self._best_until(row, trainer.history)
         self._last = row["epoch"]
         self._write_numbers(trainer.history.class_names, row, self._best, _gpu_memory(trainer.device))
-        if time.monotonic() >= self._next_picture:
+        if self._pace.due:
             self._show(trainer)
         self._flush()
 
@@ -219,11 +225,12 @@ class TensorBoardLogger(_Contents):
         images: bool = True,  # Whether predictions are shown
     ):
         super().__init__(log_dir)
-        self.images, self._next_picture, self._pictured, self._end = images, 0.0, None, None
+        self.images, self._end = images, None
 
     def on_run_start(self, trainer) -> None:
         "Open new event files that hide the steps to come from older ones, and write the settings."
-        self._next_picture, self._pictured, self._last = 0.0, None, None
+        self._pictured = self._last = None
+        self._pace.reset()
         self._guarded(self._begin, trainer)
 
     def on_epoch_start(self, trainer) -> None:

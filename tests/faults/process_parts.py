@@ -27,8 +27,11 @@ def new_trainer(folder, *observers, **options):
     return UNetTrainer(Net(), batches, batches[:2], device="cpu", run_dir=folder, observers=observers, **options)
 
 
-def logged(folder, *before):
-    return new_trainer(folder, *before, TensorBoardLogger(folder + "/tensorboard"), HistoryFiles(folder), RunLog(folder + "/log.jsonl"))
+def logged(folder, *before, owed=5.0):
+    """With the loggers; the row of a short epoch is in `history.json` after `owed` seconds at longest, that of a long one at once"""
+    files = HistoryFiles(folder)
+    files.pace.longest = owed
+    return new_trainer(folder, *before, TensorBoardLogger(folder + "/tensorboard"), files, RunLog(folder + "/log.jsonl"))
 
 
 class At:

@@ -73,7 +73,7 @@ def kill(trainer):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-logged(sys.argv[1], At("on_epoch_end", 15, kill)).train(5)
+logged(sys.argv[1], At("on_epoch_end", 15, kill), owed=0.0).train(5)
 """
 
 
