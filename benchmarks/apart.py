@@ -1,4 +1,4 @@
-"""Fits in processes of their own: what a contestant does to its process (its allocator, its caches, its imports) reaches nobody else."""
+"""Ours and the others in processes of their own: what one does to its process (its allocator, its caches, its imports) reaches nobody else."""
 
 import multiprocessing
 from dataclasses import replace
@@ -21,28 +21,44 @@ def _serve(line, find):
 
 
 class Apart:
-    "Calls make fits: `apart(name)` is one of that contestant, in its process; close it at the end."
+    """Calls make fits: `apart(name)` is one of that contestant. Ours share one process, all others another; the first fit of each is thrown away.
+
+    How fast a process is depends on where its memory happens to lie; `renew` ends both, and the next fits have new ones.
+    """
 
     def __init__(self, find, case, **changes):
-        self.find, self.case, self.changes, self.lines = find, case, changes, {}
+        self.find, self.case, self.changes, self.lines, self.warm = find, case, changes, {}, set()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
+        self.renew()
+
+    def renew(self):
         for line, process in self.lines.values():
             line.send(None)
             process.join()
+        self.lines, self.warm = {}, set()
 
     def __call__(self, name):
-        if name not in self.lines:
-            ours, theirs = multiprocessing.Pipe()
-            process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, self.find), daemon=True)
-            process.start()
-            self.lines[name] = ours, process
-        line, _ = self.lines[name]
+        if name not in self.warm:
+            self.warm.add(name)
+            self._fit(name)
+        return self._fit(name)
+
+    def _fit(self, name):
+        line = self._line("ours" if name.startswith("ours") else "others")
         line.send((name, self.case, self.changes))
         done = line.recv()
         if isinstance(done, str):
             raise RuntimeError(done)
         return replace(done, case=replace(CASES[self.case], **self.changes), weights=torch.from_numpy(done.weights))
+
+    def _line(self, family):
+        if family not in self.lines:
+            ours, theirs = multiprocessing.Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, self.find), daemon=True)
+            process.start()
+            self.lines[family] = ours, process
+        return self.lines[family][0]

@@ -143,9 +143,9 @@ def find(name):
 
 
 def turns(case, names, bases, rounds, **changes):
-    "`take_turns` with each contestant and each base in a process of its own"
+    "`take_turns` with ours in one process and the others in another, new ones for each round"
     with Apart(find, case.name, clip=case.clip, **changes) as apart:
-        return take_turns({name: name for name in names}, {base: base for base in bases}, apart, rounds)
+        return take_turns({name: name for name in names}, {base: base for base in bases}, apart, rounds, apart.renew)
 
 
 PANEL = ("trainer", "CPU over ours", "wall over ours", "us/step more than ours")

@@ -47,14 +47,15 @@ def _mean(fits, cost):
     return sum(cost(fit) for fit in fits) / len(fits)
 
 
-def take_turns(contestants, bases, once, rounds):
+def take_turns(contestants, bases, once, rounds, renew=lambda: None):
     """Fits of all contestants in rotating order, with a fit of each base between any two of them; returns `{name: Pairs}`.
 
-    `once` turns a contestant into a `Fit`. A round before the first warms up and is thrown away. A contestant that fails is left
+    `once` turns a contestant into a `Fit`; `renew` is called before each round. A round before the first warms up and is thrown away. A contestant that fails is left
     out from there on, and its error is kept.
     """
     results = {name: Pairs(name, bases={base: [] for base in bases}) for name in contestants}
     for number in range(rounds + 1):
+        renew()
         live = [name for name in contestants if not results[name].error]
         order = live[number % len(live):] + live[: number % len(live)] if live else []
         before = {base: once(bases[base]) for base in bases}
