@@ -40,7 +40,7 @@ def to_plain(
         return value.detach()
     if isinstance(value, Mapping):
         kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((to_plain(k, where), v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{k!r}]")) for k, v in value.items())
+        return kind((k if type(k) in _LOADS_SAFELY else to_plain(k, where), v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{k!r}]")) for k, v in value.items())
     if isinstance(value, (list, tuple, set)):
         return type(value)(v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{i}]") for i, v in enumerate(value))
     if hasattr(value, "tolist"):
