@@ -1305,6 +1305,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'unet_nbtrain.quick_step': { 'unet_nbtrain.quick_step._gathered': ('quick_step.html#_gathered', 'unet_nbtrain/quick_step.py'),
                                          'unet_nbtrain.quick_step._is_simple': ('quick_step.html#_is_simple', 'unet_nbtrain/quick_step.py'),
                                          'unet_nbtrain.quick_step._slow_step': ('quick_step.html#_slow_step', 'unet_nbtrain/quick_step.py'),
+                                         'unet_nbtrain.quick_step.quick_backward': ( 'quick_step.html#quick_backward',
+                                                                                     'unet_nbtrain/quick_step.py'),
                                          'unet_nbtrain.quick_step.quick_step': ( 'quick_step.html#quick_step',
                                                                                  'unet_nbtrain/quick_step.py')},
             'unet_nbtrain.raster': { 'unet_nbtrain.raster._all_bits': ('raster.html#_all_bits', 'unet_nbtrain/raster.py'),

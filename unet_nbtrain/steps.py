@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .epoch import averaged_model, follow
+from .quick_step import quick_backward
 from .schedulers import step_scheduler
 from .state import TrainerState
 
@@ -54,7 +55,7 @@ class _Stepping(_Averaging):
     "From gradients to new weights"
 
     def _backward(self, loss):
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        quick_backward(self.scaler.scale(loss) if self.scaler else loss)
 
     def _optimizer_step(self, weights):
         "One step with the gathered gradients; afterwards all counters agree: a boundary"
