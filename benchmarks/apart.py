@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from .cases import CASES, fit, one_thread
+from .cases import CASES, DEMO, fit, one_thread
+
+_ALL = CASES | {DEMO.name: DEMO}
 
 
 def _serve(line, find):
@@ -14,7 +16,7 @@ def _serve(line, find):
     while (order := line.recv()) is not None:
         name, case, changes = order
         try:
-            done = fit(find(name), replace(CASES[case], **changes))
+            done = fit(find(name), replace(_ALL[case], **changes))
             line.send(replace(done, case=None, weights=done.weights.numpy()))
         except Exception as error:
             line.send(f"{type(error).__name__}: {error}")
@@ -53,7 +55,7 @@ class Apart:
         done = line.recv()
         if isinstance(done, str):
             raise RuntimeError(done)
-        return replace(done, case=replace(CASES[self.case], **self.changes), weights=torch.from_numpy(done.weights))
+        return replace(done, case=replace(_ALL[self.case], **self.changes), weights=torch.from_numpy(done.weights))
 
     def _line(self, family):
         if family not in self.lines:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from unet_nbtrain.dataset import demo_dataloaders
 from unet_nbtrain.unet_model import UNet
 
 LEARNING_RATE = 1e-3
@@ -49,6 +50,10 @@ CASES = {
         Case("small", "U-Net of 8 channels, depth 4", lambda: UNet(3, 1, width=8, depth=4), batch=8, pixels=64, train=5, val=1, epochs=4),
     )
 }
+DEMO = Case(
+    "demo", "a U-Net of 16 channels, depth 3, on 64 + 16 demo images of 128x128, batch 8, light augmentation, no workers",
+    lambda: UNet(3, 1, width=16, depth=3), batch=8, pixels=128, train=8, val=2, epochs=6, loaders=lambda: demo_dataloaders(64, 16, 128),
+)
 
 
 def describe(case):

@@ -8,24 +8,16 @@ The raw loops, ours, and ours with the panel open take turns on the same loaders
 import argparse
 import statistics
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from unet_nbtrain.dataset import demo_dataloaders
-from unet_nbtrain.unet_model import UNet
-
-from . import loops
-from .cases import Case, fit, one_thread, tell
-from .overhead import mean_step
+from .apart import Apart
+from .cases import DEMO, one_thread, tell
+from .overhead import find, mean_step
 from .pairs import spread, take_turns
 from .tables import RESULTS, circumstances, sentence, table, write
 
-CASE = Case(
-    "demo", "a U-Net of 16 channels, depth 3, on 64 + 16 demo images of 128x128, batch 8, light augmentation, no workers",
-    lambda: UNet(3, 1, width=16, depth=3), batch=8, pixels=128, train=8, val=2, epochs=6, loaders=lambda: demo_dataloaders(64, 16, 128),
-)
-CONTESTANTS = {"raw_again": loops.raw, "raw_fused": loops.raw_fused, "raw_usual": loops.raw_usual, "ours": loops.ours, "ours_panel": loops.ours_panel}
+CONTESTANTS = ("raw_again", "raw_fused", "raw_usual", "ours", "ours_panel")
 HEADS = ("trainer", "images a second", "wall over raw", "CPU over raw")
 
 
@@ -43,15 +35,15 @@ def row_of(pairs):
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=CASE.epochs)
+    parser.add_argument("--epochs", type=int, default=DEMO.epochs)
     parser.add_argument("--out", type=Path, default=RESULTS / "throughput.md")
     arguments = parser.parse_args(words)
     one_thread()
-    case = replace(CASE, epochs=arguments.epochs)
-    tell(case.words)
-    results = take_turns(CONTESTANTS, {"raw": loops.raw}, partial(fit, case=case), arguments.pairs)
+    tell(DEMO.words)
+    with Apart(find, "demo", epochs=arguments.epochs) as apart:
+        results = take_turns({name: name for name in CONTESTANTS}, {"raw": "raw"}, apart, arguments.pairs, apart.renew)
     loss = {name: statistics.fmean(fit.rows[-1]["val"]["loss"] for fit in o.fits) for name, o in results.items()}
-    words = sentence(f"{case.words}; {case.epochs} epochs, {arguments.pairs} pairs a line; all epochs but the first count")
+    words = sentence(f"{DEMO.words}; {arguments.epochs} epochs, {arguments.pairs} pairs a line; all epochs but the first count")
     same = "Validation loss after the last epoch: " + ", ".join(f"{name} {value:.5f}" for name, value in loss.items()) + "."
     print(write(arguments.out, "Images a second", circumstances(), words, "## demo", table(HEADS, map(row_of, results.values())), same))
     return 0
