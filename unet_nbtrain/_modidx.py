@@ -1963,8 +1963,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'unet_nbtrain/tensorboard_logger.py'),
                                                  'unet_nbtrain.tensorboard_logger.TensorBoardLogger.on_run_start': ( 'tensorboard_logger.html#tensorboardlogger.on_run_start',
                                                                                                                      'unet_nbtrain/tensorboard_logger.py'),
-                                                 'unet_nbtrain.tensorboard_logger.TensorBoardLogger.on_state_change': ( 'tensorboard_logger.html#tensorboardlogger.on_state_change',
-                                                                                                                        'unet_nbtrain/tensorboard_logger.py'),
                                                  'unet_nbtrain.tensorboard_logger._Contents': ( 'tensorboard_logger.html#_contents',
                                                                                                 'unet_nbtrain/tensorboard_logger.py'),
                                                  'unet_nbtrain.tensorboard_logger._Contents._begin': ( 'tensorboard_logger.html#_contents._begin',

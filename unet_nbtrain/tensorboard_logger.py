@@ -144,7 +144,7 @@ class _Pictures(_Writers):
 
     def __init__(self, log_dir):
         super().__init__(log_dir)
-        self._pictured, self._pace, self._flushes = None, Pace(share=0.005, longest=math.inf), Pace(share=0.001)
+        self._pictured, self._pace = None, Pace(share=0.005, longest=math.inf)
 
     def _show(self, trainer):
         "The picture of the last validation"
@@ -185,9 +185,7 @@ class _Contents(_Pictures):
         self._write_numbers(trainer.history.class_names, row, self._best, _gpu_memory(trainer.device))
         if self._pace.due:
             self._show(trainer)
-        if self._flushes.due:
-            with self._flushes.measured():
-                self._flush()
+        self._flush()
 
     def _best_until(self, row, history):
         "The row that is the best one at the end of this epoch"
@@ -232,7 +230,7 @@ class TensorBoardLogger(_Contents):
     def on_run_start(self, trainer) -> None:
         "Open new event files that hide the steps to come from older ones, and write the settings."
         self._pictured = self._last = None
-        self._pace.reset(), self._flushes.reset()
+        self._pace.reset()
         self._guarded(self._begin, trainer)
 
     def on_epoch_start(self, trainer) -> None:
@@ -241,14 +239,9 @@ class TensorBoardLogger(_Contents):
             torch.cuda.reset_peak_memory_stats(trainer.device)
 
     def on_epoch_end(self, trainer, row) -> None:
-        "Write the numbers of the epoch and a picture if it costs little; among short epochs not each brings them to the disk."
+        "Write the numbers of the epoch, a picture if it costs little, and flush."
         if self._writers:
             self._guarded(self._write_epoch, trainer, row)
-
-    def on_state_change(self, trainer, state) -> None:
-        "Bring to the disk what waits: a paused run is looked at."
-        if self._writers and state != "running":
-            self._guarded(self._flush)
 
     def on_run_end(self, trainer, reason) -> None:
         "Show the last predictions, say that the run is over, and close the files."
