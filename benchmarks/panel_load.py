@@ -39,13 +39,13 @@ class Switch:
     def turn(self, on):
         if on == self.on:
             return
-        now, self.on = time.monotonic(), on
+        self.on = on
         if on:
             self.trainer.observers.add(self.pump.watcher)
-            self.pump._next_picture = now + self.rest
+            self.pump.pictures._due_at = time.monotonic() + self.rest
         else:
             self.trainer.observers.remove(self.pump.watcher)
-            self.rest = max(self.pump._next_picture - now, 0.0)
+            self.rest = self.pump.pictures.rest
 
 class Stretches:
     def __init__(self, order, steps, switch):
