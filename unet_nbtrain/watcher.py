@@ -8,6 +8,7 @@ __all__ = ['BatchTrace', 'Watcher', 'Pump', 'Farewell', 'DataCheck']
 # %% ../nbs/16_watcher.ipynb #93881284
 import atexit
 import logging
+import math
 import threading
 import time
 import weakref
@@ -69,7 +70,7 @@ class Watcher:
     ):
         self.trace, self.problems, self.begun_at = BatchTrace(), [], 0.0
         self.bell, self.urgent, self.new_state = threading.Event(), threading.Event(), False
-        self._on_end = on_end
+        self._on_end, self._last_epoch = on_end, -math.inf
 
     def ring(self) -> None:
         "Something happened that a person waits for."
@@ -88,8 +89,10 @@ class Watcher:
         self.bell.set()
 
     def on_epoch_end(self, trainer, row):
-        "There are new numbers."
-        self.ring()
+        "There are new numbers; where epochs are short, nobody waits for those of each."
+        now = time.monotonic()
+        (self.ring if now - self._last_epoch > 1 else self.bell.set)()
+        self._last_epoch = now
 
     def on_state_change(self, trainer, state):
         "Paused, running, stopping or over."
