@@ -45,7 +45,7 @@ def paint(lab, cell, count):
 
 def measure(updates, rate):
     warm = max(50, updates // 10)
-    cells = [setup(images=64, size=64, width=8, epochs=100_000), PAINT, GO.format(count=warm, rate=rate), GO.format(count=updates, rate=rate), KERNEL]
+    cells = [setup(images=1024, size=64, width=8, epochs=100_000), PAINT, GO.format(count=warm, rate=rate), GO.format(count=updates, rate=rate), KERNEL]
     with opened(cells) as lab:
         begin(lab)
         lab.run_cell(1)
