@@ -85,11 +85,11 @@ def trainer_of(tmp_path, monkeypatch, fail=False):
 
 
 @pytest.mark.parametrize("aside", [False, True])
-def test_a_training_keeps_freed_memory_as_long_as_it_lasts(tmp_path, monkeypatch, aside):
+def test_a_training_keeps_freed_memory_as_long_as_it_lasts_unless_it_is_beside_a_notebook(tmp_path, monkeypatch, aside):
     trainer, noted, looking = trainer_of(tmp_path, monkeypatch)
     assert trainer.start(2).wait(60) if aside else trainer.train(2)
-    assert looking.seen and all(calls == ["kept"] for calls in looking.seen)
-    assert noted.calls == ["kept", "put back"]
+    assert looking.seen and all(calls == ([] if aside else ["kept"]) for calls in looking.seen)
+    assert noted.calls == ([] if aside else ["kept", "put back"])
 
 
 def test_a_training_that_fails_gives_the_memory_back_too(tmp_path, monkeypatch):

@@ -186,8 +186,8 @@ class _Life(_Endings):
     def _fit(self, run, aside=False):
         reason, error = "stopped by a command", None
         try:
-            kernels, on_cpu = searched_kernels(self.train_loader, not self.deterministic), self.device.type == "cpu"
-            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic), kernels, quick_handover(aside), kept_memory(on_cpu):
+            kernels, alone = searched_kernels(self.train_loader, not self.deterministic), self.device.type == "cpu" and not aside
+            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic), kernels, quick_handover(aside), kept_memory(alone):
                 self._begin(run)
                 reason = self._run_epochs()
         except Stopped:
