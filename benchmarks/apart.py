@@ -1,6 +1,7 @@
 """Ours and the others in processes of their own: what one does to its process (its allocator, its caches, its imports) reaches nobody else."""
 
 import multiprocessing
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -11,19 +12,25 @@ _ALL = CASES | {DEMO.name: DEMO}
 
 
 def _serve(line, find):
-    "In the process of a contestant: fits, one after the other, until nothing is asked for any more"
+    "In the process of a contestant: fits, one after the other, until nothing is asked for any more or nobody is left to ask"
     one_thread()
-    while (order := line.recv()) is not None:
-        name, case, changes = order
-        try:
-            done = fit(find(name), replace(_ALL[case], **changes))
-            line.send(replace(done, case=None, weights=done.weights.numpy()))
-        except Exception as error:
-            line.send(f"{type(error).__name__}: {error}")
+    with suppress(EOFError, BrokenPipeError):
+        while (order := line.recv()) is not None:
+            line.send(_attempt(find, *order))
+
+
+def _attempt(find, name, case, changes):
+    "A fit, or its error in words"
+    try:
+        done = fit(find(name), replace(_ALL[case], **changes))
+        return replace(done, case=None, weights=done.weights.numpy())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 class Apart:
-    """Calls make fits: `apart(name)` is one of that contestant. Ours share one process, all others another; the first fit of each is thrown away.
+    """Calls make fits: `apart(name)` is one of that contestant. Ours share one process, all others another; before its first there, each
+    warms up with a fit as short as the case has it.
 
     How fast a process is depends on where its memory happens to lie; `renew` ends both, and the next fits have new ones.
     """
@@ -46,16 +53,16 @@ class Apart:
     def __call__(self, name):
         if name not in self.warm:
             self.warm.add(name)
-            self._fit(name)
-        return self._fit(name)
+            self._fit(name, self.changes | {"epochs": _ALL[self.case].epochs})
+        return self._fit(name, self.changes)
 
-    def _fit(self, name):
+    def _fit(self, name, changes):
         line = self._line("ours" if name.startswith("ours") else "others")
-        line.send((name, self.case, self.changes))
+        line.send((name, self.case, changes))
         done = line.recv()
         if isinstance(done, str):
             raise RuntimeError(done)
-        return replace(done, case=replace(_ALL[self.case], **self.changes), weights=torch.from_numpy(done.weights))
+        return replace(done, case=replace(_ALL[self.case], **changes), weights=torch.from_numpy(done.weights))
 
     def _line(self, family):
         if family not in self.lines:

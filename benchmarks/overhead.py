@@ -173,13 +173,12 @@ def panel_report(case, seconds, rounds):
 
 
 def measure(case, contestants, rounds, panel):
-    "All contestants on one case; returns its part of the file"
+    "All contestants on one case; gives its parts of the file"
     tell(describe(case))
-    parts = [report(case, turns(case, contestants, BASES, rounds))]
+    yield report(case, turns(case, contestants, BASES, rounds))
     if panel:
         tell("with the panel open")
-        parts.append(panel_report(case, panel, rounds))
-    return "\n\n".join(parts)
+        yield panel_report(case, panel, rounds)
 
 
 def arguments_of(words):
@@ -204,8 +203,8 @@ def main(words=None):
     contestants = [*arguments.only, *arguments.peers]
     cases = [replace(CASES[name], clip=arguments.clip) for name in arguments.cases]
     parts = []
-    for case in cases:  # Written after each, so that a run that is broken off has not been for nothing
-        parts.append(measure(case, contestants, arguments.pairs, arguments.panel))
+    for part in (part for case in cases for part in measure(case, contestants, arguments.pairs, arguments.panel)):
+        parts.append(part)  # Written after each, so that a run that is broken off has not been for nothing
         text = write(arguments.out, "Trainers beside the raw loop", circumstances(peers.PACKAGES[name] for name in arguments.peers), *parts)
     print(text)
     return 0

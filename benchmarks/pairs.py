@@ -50,11 +50,11 @@ def _mean(fits, cost):
 def take_turns(contestants, bases, once, rounds, renew=lambda: None):
     """Fits of all contestants in rotating order, with a fit of each base between any two of them; returns `{name: Pairs}`.
 
-    `once` turns a contestant into a `Fit`; `renew` is called before each round. A round before the first warms up and is thrown away. A contestant that fails is left
-    out from there on, and its error is kept.
+    `once` turns a contestant into a `Fit`, and has warmed up before it counts; `renew` is called before each round. A contestant that fails is
+    left out from there on, and its error is kept.
     """
     results = {name: Pairs(name, bases={base: [] for base in bases}) for name in contestants}
-    for number in range(rounds + 1):
+    for number in range(rounds):
         renew()
         live = [name for name in contestants if not results[name].error]
         order = live[number % len(live):] + live[: number % len(live)] if live else []
@@ -63,12 +63,12 @@ def take_turns(contestants, bases, once, rounds, renew=lambda: None):
             fit = _attempt(results[name], contestants[name], once)
             turned = reversed(bases) if place % 2 == 0 else bases
             after = {base: once(bases[base]) for base in turned}
-            if fit is not None and number:
+            if fit is not None:
                 results[name].fits.append(fit)
                 for base in bases:
                     results[name].bases[base].append((before[base], after[base]))
             before = after
-        tell(f"  round {number} of {rounds}" if number else "  warmed up")
+        tell(f"  round {number + 1} of {rounds}")
     return results
 
 

@@ -2025,6 +2025,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'unet_nbtrain.thumbnails.WorstSample.look': ( 'thumbnails.html#worstsample.look',
                                                                                        'unet_nbtrain/thumbnails.py'),
                                          'unet_nbtrain.thumbnails._canvas': ('thumbnails.html#_canvas', 'unet_nbtrain/thumbnails.py'),
+                                         'unet_nbtrain.thumbnails._small': ('thumbnails.html#_small', 'unet_nbtrain/thumbnails.py'),
                                          'unet_nbtrain.thumbnails.dice_of_each': ( 'thumbnails.html#dice_of_each',
                                                                                    'unet_nbtrain/thumbnails.py'),
                                          'unet_nbtrain.thumbnails.labels_of': ('thumbnails.html#labels_of', 'unet_nbtrain/thumbnails.py'),

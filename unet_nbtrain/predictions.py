@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .overlays import ERROR_COLORS, image_dice, overlay_errors, overlay_mask, tile, to_rgb
+from .metrics import dice_score, macro_mean, segmentation_counts
+from .overlays import ERROR_COLORS, overlay_errors, overlay_mask, tile, to_rgb
 from .thumbnails import Worst, WorstSample, labels_of, stride_for
 from .widgets import Scrubber, name_picture, new_picture, widgets
 
@@ -90,13 +91,14 @@ class SampleKeeper(_Shelf):
 
     def _take(self, trainer, epoch):
         images, masks, logits = trainer.val_batch
-        labels, step = labels_of(logits, trainer.threshold).cpu().numpy(), stride_for(logits.shape, self.most)
-        masks = masks.reshape(len(masks), *masks.shape[-2:]).cpu().numpy().astype(np.int64)
-        dice = tuple(image_dice(mask, found, trainer.ignore_index) for mask, found in zip(masks, labels))
-        if not self.images or self.images[0].shape[:2] != labels[0, ::step, ::step].shape:
-            self.images = [to_rgb(image[..., ::step, ::step]) for image in images]
-            self.masks, self.frames = [mask[::step, ::step].astype(np.int16) for mask in masks], ()
-        self._put(Frame(epoch, labels[:, ::step, ::step].copy(), dice, self._worst_of(trainer)))
+        counts, _ = segmentation_counts(logits, masks, logits.shape[1], trainer.threshold, trainer.ignore_index)
+        step = stride_for(logits.shape, self.most)
+        images, masks, small = (o[..., ::step, ::step] for o in (images, masks, logits))
+        labels = labels_of(small, trainer.threshold).cpu().numpy()
+        if not self.images or self.images[0].shape[:2] != labels[0].shape:
+            self.images, self.frames = [to_rgb(image) for image in images], ()
+            self.masks = list(masks.reshape(labels.shape).cpu().numpy().astype(np.int16))
+        self._put(Frame(epoch, labels, tuple(macro_mean(dice_score(*counts.unbind(-1))).tolist()), self._worst_of(trainer)))
 
     def _worst_of(self, trainer):
         "The worst image; if it is the same one as before, with the same copy of it"

@@ -50,6 +50,7 @@ class _Record:
 
     def __init__(self):
         self._data = (), ()
+        self._named = (), {}  # Rows, and the names of their numbers
 
     def append(
         self,
@@ -117,7 +118,7 @@ class _State(_Record):
     def snapshot(self) -> "RunRecord":  # A record of its own
         "The record as it is now, for a reader that looks at it more than once; what is appended later does not show."
         copy = type(self)()
-        copy._data, copy.class_names = self._data, self.class_names
+        copy._data, copy._named, copy.class_names = self._data, self._named, self.class_names
         return copy
 
     def state_dict(self) -> dict:  # `{'rows': [...], 'events': [...], 'class_names': [...] or None}`
@@ -192,7 +193,12 @@ class _Views(_State):
 
     def columns(self) -> list[str]:  # For example `['epoch', 'train.loss', 'val.dice', 'val.per_class.dice.0', 'lr']`
         "The dotted names of all numbers in the rows, in the order of their first appearance; each fits `column`."
-        return list(dict.fromkeys(name for row in self._data[0] for name in number_names(row)))
+        rows, (seen, names) = self._data[0], self._named
+        if rows[: len(seen)] != seen:
+            seen, names = (), {}
+        names = names | dict.fromkeys(name for row in rows[len(seen) :] for name in number_names(row))
+        self._named = rows, names
+        return list(names)
 
 # %% ../nbs/08_records.ipynb #376eee0b
 class RunRecord(_Views):

@@ -40,8 +40,7 @@ def dice_of_each(
 ) -> torch.Tensor:  # (N,) on the device, infinite where the mask has no object
     "The Dice of each image of a batch. Nothing is read from the device."
     objects = classes[:, -max(1, classes.shape[1] - 1) :, 2].sum(1)
-    dice = macro_mean(dice_score(*classes.unbind(-1)))
-    return dice.where((objects > 0) & (dice == dice), torch.inf)
+    return macro_mean(dice_score(*classes.unbind(-1))).where(objects > 0, torch.inf)
 
 # %% ../nbs/15_thumbnails.ipynb #bc5e91d6
 class Worst(NamedTuple):
@@ -54,10 +53,14 @@ class Worst(NamedTuple):
     name: str  # Its file, or `'sample 7'`; empty where nobody can say
 
 
-def _canvas(picture, most):
-    "A picture (…, H, W) of at most `most` pixels, padded to exactly that"
+def _small(picture, most):
+    "Every n-th pixel of a picture (…, H, W), so that there are at most `most` along a side"
     step = stride_for(picture.shape, most)
-    small = picture[..., ::step, ::step]
+    return picture[..., ::step, ::step]
+
+
+def _canvas(small, most):
+    "A small picture, padded to `most` pixels along both sides"
     return pad(small, (0, most - small.shape[-1], 0, most - small.shape[-2]))
 
 # %% ../nbs/15_thumbnails.ipynb #a0b235f5
@@ -84,16 +87,17 @@ class WorstSample:
         ignore_index: int | None = None,  # Mask value of pixels that count nowhere
         classes: torch.Tensor | None = None,  # (N, n_classes, 3) from `segmentation_counts`, if somebody has counted this batch already
     ) -> None:
-        "Keep the worst image of this batch if it is worse than the one so far. Nothing is read from the device; raises `ValueError` for shapes that do not fit."
+        "Keep the worst image of this batch if it is worse than the one so far. No GPU is asked for a value; raises `ValueError` for shapes that do not fit."
         masks = masks.reshape(len(masks), *masks.shape[-2:])
         if classes is None:
             classes, _ = segmentation_counts(logits, masks, logits.shape[1], threshold, ignore_index)
         dice, row = dice_of_each(classes).min(0, keepdim=True)
-        small = [o.index_select(0, row)[0] for o in (images[:, :3], masks, logits)]
-        small[2] = labels_of(small[2][None], threshold)[0]
+        if self._kept is not None and dice.is_cpu and not dice < self._kept[0]:
+            return
+        image, mask, scores = (_small(o, self.most).index_select(0, row) for o in (images[:, :3], masks, logits))
         numbers = torch.stack([torch.full_like(row, number) for number in (place[0], place[1], *logits.shape[-2:])])
         numbers[1] += row
-        new = [dice[0], numbers[:, 0], *(_canvas(o, self.most) for o in (small[0], small[1].to(torch.int16), small[2]))]
+        new = [dice[0], numbers[:, 0], *(_canvas(o[0], self.most) for o in (image, mask.to(torch.int16), labels_of(scores, threshold)))]
         self._kept = new if self._kept is None else [torch.where(dice[0] < self._kept[0], a, b) for a, b in zip(new, self._kept)]
 
     def end(
