@@ -672,6 +672,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'unet_nbtrain.files.unsettled': ('files.html#unsettled', 'unet_nbtrain/files.py')},
             'unet_nbtrain.findings': { 'unet_nbtrain.findings._class_block': ('findings.html#_class_block', 'unet_nbtrain/findings.py'),
                                        'unet_nbtrain.findings._failure': ('findings.html#_failure', 'unet_nbtrain/findings.py'),
+                                       'unet_nbtrain.findings._losses': ('findings.html#_losses', 'unet_nbtrain/findings.py'),
                                        'unet_nbtrain.findings._machine_table': ('findings.html#_machine_table', 'unet_nbtrain/findings.py'),
                                        'unet_nbtrain.findings._metrics_table': ('findings.html#_metrics_table', 'unet_nbtrain/findings.py'),
                                        'unet_nbtrain.findings._number': ('findings.html#_number', 'unet_nbtrain/findings.py'),

@@ -56,9 +56,15 @@ def doubts(
 
 def _overfits(rows, epochs):
     "Whether validation got worse over the last epochs while training got better"
-    train, val = ([_number(row.get(phase, {}).get("loss")) for row in rows] for phase in ("train", "val"))
-    before, last = min(filter(math.isfinite, val[:-epochs]), default=math.nan), val[-epochs:]
-    return all(value > before for value in last) and last[-1] > last[0] and train[-1] < train[-epochs - 1]
+    train, last = _losses(rows[-epochs - 1 :], "train"), _losses(rows[-epochs:], "val")
+    if not (last[-1] > last[0] and train[-1] < train[0]):
+        return False
+    best = min(filter(math.isfinite, _losses(rows[:-epochs], "val")), default=math.nan)
+    return all(value > best for value in last)
+
+
+def _losses(rows, phase):
+    return [_number(row.get(phase, {}).get("loss")) for row in rows]
 
 
 def _number(value):
