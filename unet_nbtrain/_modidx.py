@@ -2019,6 +2019,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'unet_nbtrain/thumbnails.py'),
                                          'unet_nbtrain.thumbnails.WorstSample.__init__': ( 'thumbnails.html#worstsample.__init__',
                                                                                            'unet_nbtrain/thumbnails.py'),
+                                         'unet_nbtrain.thumbnails.WorstSample._answers_at_once': ( 'thumbnails.html#worstsample._answers_at_once',
+                                                                                                   'unet_nbtrain/thumbnails.py'),
                                          'unet_nbtrain.thumbnails.WorstSample.begin': ( 'thumbnails.html#worstsample.begin',
                                                                                         'unet_nbtrain/thumbnails.py'),
                                          'unet_nbtrain.thumbnails.WorstSample.end': ( 'thumbnails.html#worstsample.end',
