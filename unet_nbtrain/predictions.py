@@ -77,19 +77,40 @@ class SampleKeeper(_Shelf):
     `seconds` is what it has cost in the training thread, `nbytes` what it holds in memory.
     """
 
+    PATIENCE = 1.0  # Seconds after which an epoch is taken although it will be given up
+
+    _finder, _takes, _owed, _last = None, True, 0, -math.inf
+
     def on_run_start(self, trainer):
         "Ask for the worst image of each validation, unless somebody did so already."
         if trainer.worst is None:
-            trainer.worst = WorstSample(self.most)
+            trainer.worst = self._finder = self._finder or WorstSample(self.most)
+
+    def on_epoch_start(self, trainer):
+        "A short epoch that would be given up soon is not looked at."
+        self._takes = (trainer.current_epoch + 1) % self._every == 0 or time.monotonic() > self._last + self.PATIENCE
+        if trainer.worst in (None, self._finder):
+            trainer.worst = self._finder if self._takes else None
 
     def on_epoch_end(self, trainer, row):
         "Take the predictions of the validation that has just ended."
+        self._owed = row["epoch"]
+        if self._takes:
+            self._take(trainer)
+
+    def on_run_end(self, trainer, reason):
+        "The last epoch is there, whatever it is."
+        self._take(trainer)
+
+    def _take(self, trainer):
+        if not self._owed or trainer.val_batch is None:
+            return
         began = time.perf_counter()
-        if trainer.val_batch is not None:
-            self._take(trainer, row["epoch"])
+        self._keep(trainer, self._owed)
+        self._owed, self._last = 0, time.monotonic()
         self.seconds += time.perf_counter() - began
 
-    def _take(self, trainer, epoch):
+    def _keep(self, trainer, epoch):
         images, masks, logits = trainer.val_batch
         counts, _ = segmentation_counts(logits, masks, logits.shape[1], trainer.threshold, trainer.ignore_index)
         step = stride_for(logits.shape, self.most)

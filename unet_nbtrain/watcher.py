@@ -86,7 +86,8 @@ class Watcher:
         "Note the loss, unread; nobody waits for a single batch."
         if trainer.phase == "train":
             self.trace.add(trainer.progress, loss)
-        self.bell.set()
+        if not self.bell.is_set():
+            self.bell.set()
 
     def on_epoch_end(self, trainer, row):
         "There are new numbers; where epochs are short, nobody waits for those of each."
