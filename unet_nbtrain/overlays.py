@@ -18,14 +18,15 @@ from .metrics import dice_score
 
 # %% ../nbs/07_overlays.ipynb #deb0004b
 def to_rgb(
-    image: object,  # (H, W), (C, H, W) or (H, W, 3), a tensor on any device or an array, float or integer; an array that ends in 3 is (H, W, 3)
+    image: object,  # (H, W), (C, H, W) or (H, W, 3), a tensor on any device or an array, float or integer; an array of bytes that ends in 3 is (H, W, 3)
 ) -> np.ndarray:  # (H, W, 3) uint8
     """An image as RGB bytes; floats in [0, 1] and uint8 are taken as they are, anything else is stretched to its range.
 
     Not-a-number pixels become black. Raises `ValueError` for another number of dimensions.
     """
     is_tensor, image = hasattr(image, "detach"), _array(image)
-    if image.ndim == 3 and image.shape[0] <= 8 and (is_tensor or image.shape[-1] != 3):
+    is_picture = not is_tensor and image.dtype == np.uint8 and image.shape[-1:] == (3,)
+    if image.ndim == 3 and image.shape[0] <= 8 and not is_picture:
         image = np.moveaxis(image, 0, -1)
     if image.ndim == 2:
         image = image[..., None]
