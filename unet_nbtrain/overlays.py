@@ -18,15 +18,14 @@ from .metrics import dice_score
 
 # %% ../nbs/07_overlays.ipynb #deb0004b
 def to_rgb(
-    image: object,  # (H, W), (C, H, W) or (H, W, 3), a tensor on any device or an array, float or integer; an array of bytes that ends in 3 is (H, W, 3)
+    image: object,  # (H, W), (C, H, W) or (H, W, 3), a tensor on any device or an array, float or integer
 ) -> np.ndarray:  # (H, W, 3) uint8
     """An image as RGB bytes; floats in [0, 1] and uint8 are taken as they are, anything else is stretched to its range.
 
     Not-a-number pixels become black. Raises `ValueError` for another number of dimensions.
     """
-    is_tensor, image = hasattr(image, "detach"), _array(image)
-    is_picture = not is_tensor and image.dtype == np.uint8 and image.shape[-1:] == (3,)
-    if image.ndim == 3 and image.shape[0] <= 8 and not is_picture:
+    image = _array(image)
+    if image.ndim == 3 and image.shape[0] <= 8:
         image = np.moveaxis(image, 0, -1)
     if image.ndim == 2:
         image = image[..., None]
@@ -110,7 +109,8 @@ def _canvas(image, labels):
     "A float copy of the image to paint on, or white"
     if image is None:
         return np.full((*labels.shape, 3), 255, np.float32)
-    picture = to_rgb(image).astype(np.float32)
+    is_picture = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (*labels.shape, 3)
+    picture = (image if is_picture else to_rgb(image)).astype(np.float32)
     if picture.shape[:2] != labels.shape:
         raise ValueError(f"The image is {picture.shape[:2]} and the mask {labels.shape} pixels; they must be equal.")
     return picture
