@@ -208,7 +208,8 @@ class Passes(_Training):
             parts = [self._forward(x, y, meter) for x, y in self._parts(images, masks)]
             losses, weights, logits, _ = zip(*parts)
             if self.batch == 0:
-                self.val_batch = tuple(o[:_SAMPLES].detach().clone() for o in (images, masks, logits[0]))
+                first = logits[0][:_SAMPLES]
+                self.val_batch = tuple(o[: len(first)].detach().clone() for o in (images, masks, first))
             if self.worst is not None:
                 self._look_for_worst(meter.threshold, images, masks, parts)
             self.batch += 1
