@@ -1,13 +1,14 @@
 """What an open panel takes from the training: waiting for the interpreter lock, and throughput, in alternating stretches of one training.
 
-    python -m benchmarks.panel_load [--pairs 12] [--without-browser] [--loads launch-bound]
+    python -m benchmarks.panel_load [--pairs 6] [--without-browser] [--loads launch-bound]
 
-The panel is open and works, or it is open and holds still: it hears of nothing and paints nothing. The two take turns every few seconds, within
-one long epoch of the same steps, so that no file is written meanwhile and nothing but the panel differs. Once in a bare kernel, once in a notebook
+The panel is open and works, or it is open and holds still: it hears of nothing and paints nothing. The two take turns every ten seconds, within
+one long epoch of the same steps, so that no file is written meanwhile and nothing but the panel differs. A picture comes every ten seconds at
+least, so each stretch with the panel has one, and what counts is the sum over all stretches. Once in a bare kernel, once in a notebook
 that Chromium looks at. Linux's scheduler tells how long the training thread computed and how long it was ready but had no core
 (`/proc/thread-self/schedstat`). What is left of the wall time is waiting, and in a training step without a disk or workers that is the interpreter
 lock. Other programs on the machine disturb the ready time most; *throughput* is therefore given by wall time and without the ready time.
-About nine minutes with twelve pairs.
+About ten minutes with six pairs.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import tempfile
 
 from .panel_tools import Kernel, opened, table, verdict, write
 
-LOADS = {"launch-bound": (4, 32, 2, 1200), "convolution-bound": (16, 96, 4, 60)}  # Width, pixels, batch, steps of a stretch
+LOADS = {"launch-bound": (4, 32, 2, 1900), "convolution-bound": (16, 96, 4, 110)}  # Width, pixels, batch, steps of a stretch
 MEASURE = """
 import json, time, torch
 from unet_nbtrain import TrainerPanel, UNet
@@ -106,38 +107,36 @@ def measure(place, load, pairs):
     order = [shown for pair in range(pairs + 1) for shown in ((True, False) if pair % 2 else (False, True))]
     found = list(zip(order, place(f"measure({width}, {pixels}, {size}, {steps}, {order}, '{load}')")))[2:]
     shares = {shown: [100 * (r["wall"] - r["computed"] - r["ready"]) / r["wall"] for s, r in found if s == shown] for shown in (True, False)}
-    walls, works, computed = ([] for _ in range(3))
-    for i in range(0, len(found), 2):
-        pair = dict(found[i : i + 2])
-        walls.append(pair[False]["wall"] / pair[True]["wall"])
-        works.append((pair[False]["wall"] - pair[False]["ready"]) / (pair[True]["wall"] - pair[True]["ready"]))
-        computed.append(pair[False]["computed"] / pair[True]["computed"])
+    ratios = [ratio_of(found, cost) for cost in (lambda r: r["wall"], lambda r: r["wall"] - r["ready"], lambda r: r["computed"])]
     waits = {shown: statistics.median(values) for shown, values in shares.items()}
-    more, ratio = waits[True] - waits[False], statistics.median(works)
+    more, ratio = waits[True] - waits[False], ratios[1][0]
     met = more <= 1 and ratio >= 0.98
     step = 1000 * statistics.median(r["wall"] for s, r in found if not s) / steps
     own = 100 * statistics.median(r["panel"] / r["wall"] for s, r in found if s)
-    words = [f"{step:.1f} ms", f"{own:.1f} %", f"{waits[False]:.2f} %", f"{waits[True]:.2f} %", f"{more:+.2f}", ratio_text(walls), ratio_text(works), ratio_text(computed)]
+    words = [f"{step:.1f} ms", f"{own:.1f} %", f"{waits[False]:.2f} %", f"{waits[True]:.2f} %", f"{more:+.2f}", *(text for _, text in ratios)]
     return [load, {in_kernel: "bare kernel", in_notebook: "JupyterLab"}[place], *words, verdict(met)], met
 
 
-def ratio_text(values):
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+def ratio_of(found, cost):
+    """What all stretches without the panel cost over what those with it do; as a number, and in words with the quartiles of the pairs"""
+    off, on = ([cost(r) for shown, r in found if shown is wanted] for wanted in (False, True))
+    pairs = [a / b for a, b in zip(off, on)]
+    low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    return sum(off) / sum(on), f"{sum(off) / sum(on):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--without-browser", action="store_true")
     parser.add_argument("--loads", nargs="+", default=list(LOADS), choices=list(LOADS))
     arguments = parser.parse_args()
     places = [in_kernel] if arguments.without_browser else [in_kernel, in_notebook]
     found = [measure(place, load, arguments.pairs) for place in places for load in arguments.loads]
     about = (
-        f"{arguments.pairs} alternating pairs of stretches of about five seconds, in one training. *Waits*: share of the training thread's wall time in which it neither computed nor was ready to, that is, waited for the "
+        f"{arguments.pairs} alternating pairs of stretches of about ten seconds, in one training. *Waits*: share of the training thread's wall time in which it neither computed nor was ready to, that is, waited for the "
         "interpreter lock; at most 1 more is wanted. *Panel's own work*: processor time of its thread, part of which needs that lock; an upper bound of the waiting on a quiet "
-        "machine. *Throughput*: steps a second with the panel, divided by those while it holds still, median [quartiles], by wall time, "
+        "machine. *Throughput*: steps a second with the panel, divided by those while it holds still, over all stretches [quartiles of the pairs], by wall time, "
         "by wall time less the time in which other programs had the cores, and by processor time of the thread; the second is to be at least 0.98."
     )
     heads = ["training", "where", "a step", "panel's own work", "waits, no panel", "waits, panel", "more", "throughput, wall", "throughput, less ready time", "processor time", "met"]
