@@ -106,15 +106,19 @@ def measure(place, load, pairs):
     width, pixels, size, steps = LOADS[load]
     order = [shown for pair in range(pairs + 1) for shown in ((True, False) if pair % 2 else (False, True))]
     found = list(zip(order, place(f"measure({width}, {pixels}, {size}, {steps}, {order}, '{load}')")))[2:]
-    shares = {shown: [100 * (r["wall"] - r["computed"] - r["ready"]) / r["wall"] for s, r in found if s == shown] for shown in (True, False)}
     ratios = [ratio_of(found, cost) for cost in (lambda r: r["wall"], lambda r: r["wall"] - r["ready"], lambda r: r["computed"])]
-    waits = {shown: statistics.median(values) for shown, values in shares.items()}
+    waits = {shown: share_of([r for s, r in found if s is shown], lambda r: r["wall"] - r["computed"] - r["ready"]) for shown in (True, False)}
     more, ratio = waits[True] - waits[False], ratios[1][0]
     met = more <= 1 and ratio >= 0.98
     step = 1000 * statistics.median(r["wall"] for s, r in found if not s) / steps
-    own = 100 * statistics.median(r["panel"] / r["wall"] for s, r in found if s)
+    own = share_of([r for s, r in found if s], lambda r: r["panel"])
     words = [f"{step:.1f} ms", f"{own:.1f} %", f"{waits[False]:.2f} %", f"{waits[True]:.2f} %", f"{more:+.2f}", *(text for _, text in ratios)]
     return [load, {in_kernel: "bare kernel", in_notebook: "JupyterLab"}[place], *words, verdict(met)], met
+
+
+def share_of(stretches, cost):
+    """Percent of the wall time of stretches"""
+    return 100 * sum(map(cost, stretches)) / sum(r["wall"] for r in stretches)
 
 
 def ratio_of(found, cost):
