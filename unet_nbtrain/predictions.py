@@ -97,6 +97,8 @@ class SampleKeeper(_Shelf):
         self._owed = row["epoch"]
         if self._takes:
             self._take(trainer)
+        elif self._finder is not None:
+            self._finder.found = None  # Of an older epoch
 
     def on_run_end(self, trainer, reason):
         "The last epoch is there, whatever it is."
