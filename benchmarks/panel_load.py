@@ -2,13 +2,15 @@
 
     python -m benchmarks.panel_load [--pairs 60] [--without-browser] [--loads launch-bound]
 
-The panel is open and works, or it is open and holds still: it hears of nothing and paints nothing. The two take turns every second, within
-one long epoch of the same steps, so that no file is written meanwhile and nothing but the panel differs. The speed of a shared
-machine drifts by some percent within ten seconds, and hardly within one. Few stretches have a picture, so what counts is the sum over all of them. Once in a bare kernel, once in a notebook
-that Chromium looks at. Linux's scheduler tells how long the training thread computed and how long it was ready but had no core
-(`/proc/thread-self/schedstat`). What is left of the wall time is waiting, and in a training step without a disk or workers that is the interpreter
-lock. Other programs on the machine disturb the ready time most; *throughput* is therefore given by wall time and without the ready time.
-About ten minutes with sixty pairs.
+The panel is open and works, or it is open and holds still: it hears of nothing and paints nothing. The two take turns every second,
+within one long epoch of the same steps, so that no file is written meanwhile and nothing but the panel differs. The speed of a shared
+machine drifts by some percent within ten seconds, and hardly within one. Few stretches have a picture, so what counts is the sum over
+all of them. Once in a bare kernel, once in a notebook that Chromium looks at.
+
+Linux's scheduler tells how long the training thread computed and how long it was ready but had no core (`/proc/thread-self/schedstat`).
+What is left of the wall time is waiting, and in a training step without a disk or workers that is the interpreter lock. Other programs
+on the machine disturb the ready time most; *throughput* is therefore given by wall time and without the ready time. About ten minutes
+with sixty pairs.
 """
 
 import argparse
@@ -36,14 +38,14 @@ class Switch:
     def alive(self):
         return self.on and self.painter.alive()
     def busy(self):
-        return self.painter.busy()
+        return self.on and self.painter.busy()
     def turn(self, on):
         if on == self.on:
             return
         self.on = on
         if on:
             self.trainer.observers.add(self.pump.watcher)
-            self.pump.pictures._due_at = time.monotonic() + self.rest
+            self.pump.pictures.postpone(self.rest)
         else:
             self.trainer.observers.remove(self.pump.watcher)
             self.rest = self.pump.pictures.rest

@@ -144,9 +144,9 @@ class FirstBatch:
     command = None  # The receipt that waits
 
     def on_batch_end(self, trainer, loss):
-        "A batch is through."
-        if self.command is not None:
-            self._answer(True, "the first batch is through")
+        "A batch is through, and this is of no use in the others."
+        trainer.observers.remove(self)
+        self._answer(True, "the first batch is through")
 
     def on_run_end(self, trainer, reason):
         "The run is over."

@@ -229,13 +229,11 @@ def _summary(
     "The scores of pooled counts, as plain floats."
     tp, predicted, true = sums[:-5].view(-1, 3).unbind(-1)
     correct, valid, _, images, dice_sum = sums[-5:].unbind()
-    scores = {"dice": dice_score(tp, predicted, true), "iou": iou_score(tp, predicted, true)}
-    scores |= {"precision": tp / predicted, "recall": tp / true}
+    scores = torch.stack([dice_score(tp, predicted, true), iou_score(tp, predicted, true), tp / predicted, tp / true])
+    means, (accuracy, per_image) = macro_mean(scores, background), torch.stack([correct / valid, dice_sum / images]).tolist()
+    names = "dice", "iou", "precision", "recall"
     return {
-        **{name: macro_mean(score, background).item() for name, score in scores.items()},
-        "accuracy": (correct / valid).item(),
-        "dice_per_image": (dice_sum / images).item(),
-        "per_class": {name: score.tolist() for name, score in scores.items()},
+        **dict(zip(names, means.tolist())), "accuracy": accuracy, "dice_per_image": per_image, "per_class": dict(zip(names, scores.tolist())),
     }
 
 

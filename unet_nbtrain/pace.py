@@ -47,4 +47,20 @@ class Pace:
             yield
         finally:
             cost = self.clock() - paid
-            self._due_at = began + cost + min(max(cost / self.share, self.shortest), self.longest)
+            self.spent(cost, began + cost)
+
+    def spent(
+        self,
+        cost: float,  # Seconds, by whatever clock
+        at: float | None = None,  # When it was paid, by `time.monotonic`; `None` is now
+    ) -> None:
+        "It was done, and has cost so much: for who does it in pieces, and adds up what they cost."
+        began = time.monotonic() if at is None else at
+        self._due_at = began + min(max(cost / self.share, self.shortest), self.longest)
+
+    def postpone(
+        self,
+        seconds: float,  # From now on
+    ) -> None:
+        "Make it due in so many seconds, whatever it has cost."
+        self._due_at = time.monotonic() + seconds

@@ -71,6 +71,7 @@ class _Starting(Display):
         with self._one_start:
             command = self._first.command or self._asked.add(Command("start"))
             self._first.command = command
+        self.trainer.observers.add(self._first)
         self._watcher.ring()
         try:
             return start()
@@ -246,8 +247,7 @@ class TrainerPanel(_Results):
             raise ValueError("Give either model and loaders (with options for the trainer), or trainer alone.")
         super().__init__(trainer or UNetTrainer(model, *_two_loaders(loaders), **trainer_options), num_epochs, self._press, self.set)
         self.controls, self._first, self._one_start = self._widgets.controls, FirstBatch(), threading.Lock()
-        for observer in (self._first, ReportParts(self._report_parts)):
-            self.trainer.observers.add(observer)
+        self.trainer.observers.add(ReportParts(self._report_parts))
 
     @property
     def history(self) -> History:

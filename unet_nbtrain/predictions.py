@@ -12,7 +12,8 @@ import html
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 
 from .metrics import dice_score, macro_mean, segmentation_counts
 from .overlays import ERROR_COLORS, overlay_errors, overlay_mask, tile, to_rgb
+from .pace import Pace
 from .thumbnails import Worst, WorstSample, labels_of, stride_for
 from .widgets import Scrubber, name_picture, new_picture, widgets
 
@@ -43,6 +45,7 @@ class _Shelf:
     ):
         self.limit, self.most, self.seconds = limit, most, 0.0
         self.images, self.masks, self.frames = [], [], ()
+        self.pace = Pace(share=0.0025, longest=1.0)  # Of the frames among short epochs
         self._every = 1
 
     @property
@@ -70,25 +73,67 @@ class _Shelf:
         self.frames = (*kept, frame)
 
 # %% ../nbs/16_predictions.ipynb #2136d4af
-class SampleKeeper(_Shelf):
+class _Finder(WorstSample):
+    "Looks for the worst image of a pass, and knows what that has cost"
+
+    seconds = 0.0
+
+    def begin(self):
+        self.seconds = 0.0
+        super().begin()
+
+    def look(self, *batch, **known):
+        with self._timed():
+            super().look(*batch, **known)
+
+    def end(self, *names):
+        with self._timed():
+            super().end(*names)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+
+# %% ../nbs/16_predictions.ipynb #86d50aa5
+class _Film(_Shelf):
+    "Frames of the epochs that are worth their time"
+
+    FREE = 30  # Frames that are taken whatever they cost
+
+    _takes, _last = True, -math.inf
+
+    def _choose(self, epoch):
+        "Whether this epoch is taken; those that take longer than the longest rest all are"
+        stays = epoch % self._every == 0
+        pays = len(self.frames) < self.FREE or self.pace.due
+        self._takes = (stays and pays) or time.monotonic() > self._last + self.pace.longest
+
+    def _paid(self, cost):
+        "A frame was taken"
+        self._last = time.monotonic()
+        self.pace.spent(cost)
+        self.seconds += cost
+
+# %% ../nbs/16_predictions.ipynb #c4bd5668
+class SampleKeeper(_Film):
     """An observer that keeps what the model made of the same few images, epoch by epoch, and of the worst one.
 
     `images` (a list of (h, w, 3) uint8) and `masks` (of (h, w)) are there from the first epoch on; `frames` are the epochs, oldest first;
     `seconds` is what it has cost in the training thread, `nbytes` what it holds in memory.
     """
 
-    PATIENCE = 1.0  # Seconds after which an epoch is taken although it will be given up
-
-    _finder, _takes, _owed, _last = None, True, 0, -math.inf
+    _finder, _owed = None, 0
 
     def on_run_start(self, trainer):
         "Ask for the worst image of each validation, unless somebody did so already."
         if trainer.worst is None:
-            trainer.worst = self._finder = self._finder or WorstSample(self.most)
+            trainer.worst = self._finder = self._finder or _Finder(self.most)
 
     def on_epoch_start(self, trainer):
-        "A short epoch that would be given up soon is not looked at."
-        self._takes = (trainer.current_epoch + 1) % self._every == 0 or time.monotonic() > self._last + self.PATIENCE
+        "A short epoch that would be given up soon is not looked at, nor one for which too little time has gone by."
+        self._choose(trainer.current_epoch + 1)
         if trainer.worst in (None, self._finder):
             trainer.worst = self._finder if self._takes else None
 
@@ -109,8 +154,8 @@ class SampleKeeper(_Shelf):
             return
         began = time.perf_counter()
         self._keep(trainer, self._owed)
-        self._owed, self._last = 0, time.monotonic()
-        self.seconds += time.perf_counter() - began
+        self._owed = 0
+        self._paid(time.perf_counter() - began + getattr(trainer.worst, "seconds", 0.0))
 
     def _keep(self, trainer, epoch):
         images, masks, logits = trainer.val_batch

@@ -51,6 +51,7 @@ class _Record:
     def __init__(self):
         self._data = (), ()
         self._named = (), {}  # Rows, and the names of their numbers
+        self._numbers = {}  # For each column that was asked for: rows, and their numbers
 
     def append(
         self,
@@ -118,7 +119,7 @@ class _State(_Record):
     def snapshot(self) -> "RunRecord":  # A record of its own
         "The record as it is now, for a reader that looks at it more than once; what is appended later does not show."
         copy = type(self)()
-        copy._data, copy._named, copy.class_names = self._data, self._named, self.class_names
+        copy._data, copy._named, copy._numbers, copy.class_names = self._data, self._named, self._numbers, self.class_names
         return copy
 
     def state_dict(self) -> dict:  # `{'rows': [...], 'events': [...], 'class_names': [...] or None}`
@@ -209,11 +210,15 @@ class RunRecord(_Views):
         name: str,  # A dotted path into the rows, e.g. `'val.dice'`, `'lr'`, `'val.per_class.dice.1'`
     ) -> list[float]:  # One float a row, NaN where a row lacks it
         "One number an epoch; raises `KeyError` with the known names when no row has it."
-        rows = self._data[0]
-        values = [find_value(row, name) for row in rows]
-        if rows and not any(isinstance(value, int | float) for value in values):
+        rows, (seen, known) = self._data[0], self._numbers.get(name, ((), ()))
+        if rows[: len(seen)] != seen:
+            seen, known = (), ()
+        found = [find_value(row, name) for row in rows[len(seen) :]]
+        if rows and not known and not any(isinstance(value, int | float) for value in found):
             raise KeyError(f"No row has {name!r}. The columns are: {', '.join(self.columns())}.")
-        return [_number(value) for value in values]
+        values = (*known, *map(_number, found))
+        self._numbers[name] = rows, values
+        return list(values)
 
     def class_labels(
         self,

@@ -92,14 +92,14 @@ class WorstSample:
         if classes is None:
             classes, _ = segmentation_counts(logits, masks, logits.shape[1], threshold, ignore_index)
         dice, row = dice_of_each(classes).min(0, keepdim=True)
-        asked = self._kept is None or self._answers_at_once(dice)
-        if self._kept is not None and asked and not dice < self._kept[0]:
+        known = self._kept is None or self._answers_at_once(dice)  # Whether it may be said now if this batch has the worst
+        if known and self._kept is not None and not dice < self._kept[0]:
             return
         image, mask, scores = (_small(o, self.most).index_select(0, row) for o in (images[:, :3], masks, logits))
         numbers = torch.stack([torch.full_like(row, number) for number in (place[0], place[1], *logits.shape[-2:])])
         numbers[1] += row
         new = [dice[0], numbers[:, 0], *(_canvas(o[0], self.most) for o in (image, mask.to(torch.int16), labels_of(scores, threshold)))]
-        self._kept = new if asked else [torch.where(dice[0] < self._kept[0], a, b) for a, b in zip(new, self._kept)]
+        self._kept = new if known else [torch.where(dice[0] < self._kept[0], a, b) for a, b in zip(new, self._kept)]
 
     @staticmethod
     def _answers_at_once(value):

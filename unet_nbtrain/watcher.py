@@ -30,7 +30,7 @@ class BatchTrace:
 
     def __init__(
         self,
-        limit: int = 4000,  # Points kept at most
+        limit: int = 2000,  # Points kept at most
     ):
         self.limit, self.x, self.y = limit, [], []
         self._stride, self._count, self._new = 1, 0, []
@@ -38,14 +38,14 @@ class BatchTrace:
 
     def add(
         self,
-        position: float,  # In epochs
+        trainer: object,  # Its `progress` is where the batch belongs, in epochs
         loss: torch.Tensor,  # 0-dim, on any device; not read here
     ) -> None:
         "Note a batch; called in the training thread, never waits for the device."
         self._count += 1
         if self._count % self._stride == 0:
             with self._lock:
-                self._new.append((position, loss))
+                self._new.append((trainer.progress, loss))
                 if len(self._new) > self.limit:
                     self._new, self._stride = self._new[1::2], self._stride * 2
 
@@ -85,9 +85,7 @@ class Watcher:
     def on_batch_end(self, trainer, loss):
         "Note the loss, unread; nobody waits for a single batch."
         if trainer.phase == "train":
-            self.trace.add(trainer.progress, loss)
-        if not self.bell.is_set():
-            self.bell.set()
+            self.trace.add(trainer, loss)
 
     def on_epoch_end(self, trainer, row):
         "There are new numbers; where epochs are short, nobody waits for those of each."
@@ -156,8 +154,8 @@ class Pump:
     def _run(self):
         _give_thread_a_parent(get_ipython())
         while not self.closed:
-            rang = self.watcher.bell.wait(self.SIGN_OF_LIFE)
-            if self.closed or not (rang or self.painter.alive()):
+            news = self.painter.busy() or self.watcher.bell.wait(self.SIGN_OF_LIFE)
+            if self.closed or not (news or self.painter.alive()):
                 continue
             urgent = self.watcher.urgent.is_set()
             self.watcher.bell.clear()

@@ -24,16 +24,18 @@ class HostCopy:
     "Memory for copies of a state, which is used again by the next one of the same shape."
 
     def __init__(self):
-        self._buffers, self._old, self._done = {}, {}, {}
+        self._buffers, self._old, self._done, self._placed = {}, {}, {}, []
 
     def take(
         self,
         state: Mapping,  # Nested; what `to_plain` accepts
     ) -> dict:  # Tensors in main memory; sharing nothing with `state` but settled values
         "Copy a state; the copy that was taken before is overwritten. Raises `CheckpointError` for an entry that no file can hold."
-        self._old, self._buffers, self._done = self._buffers, {}, {}
+        self._old, self._buffers, self._done, self._placed = self._buffers, {}, {}, []
         copy = self._copy(to_plain(state), ())
-        self._old, self._done = {}, {}
+        if self._placed:
+            torch._foreach_copy_(*map(list, zip(*self._placed)))
+        self._old, self._done, self._placed = {}, {}, []
         return copy
 
     def _copy(self, value, where):
@@ -51,11 +53,14 @@ class HostCopy:
         if value.layout != torch.strided:
             return value.to("cpu", copy=True)
         key = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
-        if key not in self._done:
-            old = self._old.get(where)
-            fits = old is not None and (old.dtype, old.shape, old.stride()) == (value.dtype, value.shape, value.stride())
-            self._buffers[where] = self._done[key] = old.copy_(value) if fits else value.to("cpu", copy=True)
-        return self._done[key]
+        if (copy := self._done.get(key)) is None:
+            copy = self._old.get(where)
+            if copy is not None and (copy.dtype, copy.shape, copy.stride()) == key[2:]:
+                self._placed.append((copy, value))
+            else:
+                copy = value.to("cpu", copy=True)
+            self._buffers[where] = self._done[key] = copy
+        return copy
 
 # %% ../nbs/12_writer.ipynb #b28b6839
 class Job:
