@@ -16,10 +16,10 @@ def _serve(line, find):
     one_thread()
     with suppress(EOFError, BrokenPipeError):
         while (order := line.recv()) is not None:
-            line.send(_attempt(find, *order))
+            line.send(_answer(find, *order))
 
 
-def _attempt(find, name, case, changes):
+def _answer(find, name, case, changes):
     "A fit, or its error in words"
     try:
         done = fit(find(name), replace(_ALL[case], **changes))
