@@ -1,16 +1,15 @@
 """What an open panel takes from the training: waiting for the interpreter lock, and throughput, in alternating stretches of one training.
 
-    python -m benchmarks.panel_load [--pairs 60] [--without-browser] [--loads launch-bound]
+    python -m benchmarks.panel_load [--pairs 120] [--without-browser] [--loads launch-bound]
 
-The panel is open and works, or it is open and holds still: it hears of nothing and paints nothing. The two take turns every second,
-within one long epoch of the same steps, so that no file is written meanwhile and nothing but the panel differs. The speed of a shared
-machine drifts by some percent within ten seconds, and hardly within one. Few stretches have a picture, so what counts is the sum over
-all of them. Once in a bare kernel, once in a notebook that Chromium looks at.
+The panel is open and works, or it is open and holds still: it hears of nothing and paints nothing. The two take turns every half
+second, within one long epoch of the same steps, so that no file is written meanwhile and nothing but the panel differs. The speed of a
+shared machine drifts by some percent within ten seconds, by less within one, and hardly within a half. Few stretches have a picture, so
+what counts is the sum over all of them. Once in a bare kernel, once in a notebook that Chromium looks at.
 
 Linux's scheduler tells how long the training thread computed and how long it was ready but had no core (`/proc/thread-self/schedstat`).
 What is left of the wall time is waiting, and in a training step without a disk or workers that is the interpreter lock. Other programs
-on the machine disturb the ready time most; *throughput* is therefore given by wall time and without the ready time. About ten minutes
-with sixty pairs.
+on the machine disturb the ready time most; *throughput* is therefore given by wall time and without the ready time. About ten minutes.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import tempfile
 
 from .panel_tools import Kernel, opened, table, verdict, write
 
-LOADS = {"launch-bound": (4, 32, 2, 200), "convolution-bound": (16, 96, 4, 12)}  # Width, pixels, batch, steps of a stretch
+LOADS = {"launch-bound": (4, 32, 2, 100), "convolution-bound": (16, 96, 4, 6)}  # Width, pixels, batch, steps of a stretch
 MEASURE = """
 import json, time, torch
 from unet_nbtrain import TrainerPanel, UNet
@@ -46,6 +45,7 @@ class Switch:
         if on:
             self.trainer.observers.add(self.pump.watcher)
             self.pump.pictures.postpone(self.rest)
+            self.pump.watcher.bell.set()  # It sleeps while nothing is to be done
         else:
             self.trainer.observers.remove(self.pump.watcher)
             self.rest = self.pump.pictures.rest
@@ -133,14 +133,14 @@ def ratio_of(found, cost):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--pairs", type=int, default=120)
     parser.add_argument("--without-browser", action="store_true")
     parser.add_argument("--loads", nargs="+", default=list(LOADS), choices=list(LOADS))
     arguments = parser.parse_args()
     places = [in_kernel] if arguments.without_browser else [in_kernel, in_notebook]
     found = [measure(place, load, arguments.pairs) for place in places for load in arguments.loads]
     about = (
-        f"{arguments.pairs} alternating pairs of stretches of about one second, in one training. *Waits*: share of the training thread's wall time in which it neither computed nor was ready to, that is, waited for the "
+        f"{arguments.pairs} alternating pairs of stretches of about half a second, in one training. *Waits*: share of the training thread's wall time in which it neither computed nor was ready to, that is, waited for the "
         "interpreter lock; at most 1 more is wanted. *Panel's own work*: processor time of its thread, part of which needs that lock; an upper bound of the waiting on a quiet "
         "machine. *Throughput*: steps a second with the panel, divided by those while it holds still, over all stretches [quartiles of the pairs], by wall time, "
         "by wall time less the time in which other programs had the cores, and by processor time of the thread; the second is to be at least 0.98."
