@@ -144,7 +144,6 @@ def test_last_words_of_a_kernel(kernel, tmp_path):
 
 UPDATES = """
 import gc, torch
-from types import SimpleNamespace
 from unet_nbtrain import TrainerPanel, UNet, demo_dataloaders
 loaders = demo_dataloaders(n_train=8, n_val=4, size=64, batch_size=4)
 panel = TrainerPanel(UNet(3, 1, width=8, depth=2), loaders, num_epochs=3, device="cpu", run_dir={run!r})
@@ -160,7 +159,7 @@ panel._pump.close(); panel._pump.thread.join()
 
 def paint(count):
     for i in range(count):
-        panel._watcher.trace.add(SimpleNamespace(progress=0.001 * (i % 900)), torch.tensor(0.5 + 0.1 * (i % 7)))
+        panel._watcher.trace.add(0.001 * (i % 900), torch.tensor(0.5 + 0.1 * (i % 7)))
         panel._paint(i % 2 == 0)
 
 panel._watcher.trace.limit = 200

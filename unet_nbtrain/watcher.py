@@ -38,16 +38,23 @@ class BatchTrace:
 
     def add(
         self,
-        trainer: object,  # Its `progress` is where the batch belongs, in epochs
+        position: float,  # In epochs
         loss: torch.Tensor,  # 0-dim, on any device; not read here
     ) -> None:
         "Note a batch; called in the training thread, never waits for the device."
+        if self._takes_next():
+            self._keep(position, loss)
+
+    def _takes_next(self):
+        "Count a batch; whether it is one of those that are kept"
         self._count += 1
-        if self._count % self._stride == 0:
-            with self._lock:
-                self._new.append((trainer.progress, loss))
-                if len(self._new) > self.limit:
-                    self._new, self._stride = self._new[1::2], self._stride * 2
+        return self._count % self._stride == 0
+
+    def _keep(self, position, loss):
+        with self._lock:
+            self._new.append((position, loss))
+            if len(self._new) > self.limit:
+                self._new, self._stride = self._new[1::2], self._stride * 2
 
     def read(self) -> tuple[list[float], list[float]]:  # Positions in epochs, losses
         "All points so far; the new ones are fetched from the device in one go. Called by one thread only."
@@ -84,8 +91,8 @@ class Watcher:
 
     def on_batch_end(self, trainer, loss):
         "Note the loss, unread; nobody waits for a single batch."
-        if trainer.phase == "train":
-            self.trace.add(trainer, loss)
+        if trainer.phase == "train" and self.trace._takes_next():
+            self.trace._keep(trainer.progress, loss)
 
     def on_epoch_end(self, trainer, row):
         "There are new numbers; where epochs are short, nobody waits for those of each."
