@@ -11,7 +11,7 @@ import sys
 import time
 
 ORDER = {
-    "overhead": ["--peers", "--panel", "4"],  # First, while the machine is cool and nothing has been written
+    "overhead": ["--peers", "--panel", "60"],  # First, while the machine is cool and nothing has been written
     "throughput": [],
     "growth": [],
     "saving": [],

@@ -229,7 +229,7 @@ def unseen():
 def fit(contestant, case, **changes):
     "One fit of a fresh model, from the construction of the trainer to its end; returns a `Fit`"
     with tempfile.TemporaryDirectory() as folder, unseen():
-        work = Work(replace(case, **changes), folder)
+        work = Work(replace(case, **changes), os.path.join(folder, "run"))  # No neighbours, which a panel would list
         gc.collect()
         began = Instant.now()
         contestant(work)

@@ -10,6 +10,9 @@ from unet_nbtrain.loggers import ProgressBar
 from unet_nbtrain.trainer import UNetTrainer
 
 from .cases import NAMES, Counts
+from .stretches import Switch, alternating
+
+STRETCHES = 160  # Of a training in which the panel is at work and still by turns, beside the first one, in which it begins
 
 
 def raw(work, **adam):
@@ -88,18 +91,31 @@ class Marks:
             self.work.keep_weights()
 
 
+class Turns(Marks):
+    "An observer that turns a switch every so many epochs, and notes the end of each such stretch in place of the epoch's"
+
+    def __init__(self, work, switch):
+        super().__init__(work)
+        self.switch, self.length, self.order = switch, max(work.epochs // STRETCHES, 1), iter(alternating(STRETCHES // 2))
+
+    def on_epoch_end(self, trainer, row):
+        if trainer.current_epoch % self.length == 0:
+            super().on_epoch_end(trainer, row)
+            self.switch.turn(next(self.order, False))
+
+
 def trainer_of(work, **options):
     "`UNetTrainer` by default options; the loss is given because a bare convolution has no `n_classes`"
-    trainer = UNetTrainer(
+    return UNetTrainer(
         work.model, work.train, work.val, work.criterion, device="cpu", run_dir=work.folder, gradient_clip_norm=work.clip, **options
     )
-    trainer.observers.add(Marks(work))
-    return trainer
 
 
 def ours(work, **options):
     "The trainer in this thread: history, control, bar, TensorBoard, log files, and a checkpoint of everything after each epoch"
-    trainer_of(work, **options).train(work.epochs)
+    trainer = trainer_of(work, **options)
+    trainer.observers.add(Marks(work))
+    trainer.train(work.epochs)
 
 
 def ours_bar(work):
@@ -114,11 +130,21 @@ def ours_loop(work):
 
 def ours_panel(work):
     "The trainer in the background and the panel open: its pump runs and paints, as in a notebook, but there is no browser to send to"
+    _with_panel(work, lambda panel: Marks(work))
+
+
+def ours_turned(work):
+    "The same, where the panel is at work and still by turns; the marks are those of the stretches, not of the epochs"
+    _with_panel(work, lambda panel: Turns(work, Switch(panel)))
+
+
+def _with_panel(work, observer):
     from unet_nbtrain.panel import TrainerPanel
 
     trainer = trainer_of(work)
     panel = TrainerPanel(trainer=trainer, num_epochs=work.epochs)
     panel.show()
+    trainer.observers.add(observer(panel))
     try:
         trainer.start(work.epochs)  # Not `panel.start()`, which looks at the masks first and wants single images in the data set
         panel.wait()

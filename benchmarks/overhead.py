@@ -1,7 +1,7 @@
 """What a trainer costs beside the raw PyTorch loop: same weights, same batches, same numbers and the same final weights, in turns.
 
     python -m benchmarks.overhead [--cases conv1 tiny small] [--pairs 8] [--only raw_again ours …] [--peers | --peers lightning …]
-                                  [--clip 1.0] [--panel 4] [--out benchmarks/results/overhead.md]
+                                  [--clip 1.0] [--panel 60] [--out benchmarks/results/overhead.md]
 
 benchmarks/README.md says how to read the tables. With `--peers` it runs in an environment of its own, made at first use.
 """
@@ -49,12 +49,6 @@ def each_epoch_step(fit):
 def mean_step(fit, clock="cpu"):
     "Microseconds a step over all steady epochs, with what happens now and then"
     return statistics.fmean(fit.epochs(clock)) / fit.case.steps * 1e6
-
-
-def later_step(fit, clock="cpu"):
-    "The same for the last two thirds of them, when a panel has built its figures"
-    epochs = fit.epochs(clock)
-    return statistics.fmean(epochs[len(epochs) // 3 :]) / fit.case.steps * 1e6
 
 
 def loop_step(fit):
@@ -145,7 +139,7 @@ def report(case, results):
 
 def find(name):
     "A contestant by its name"
-    return {**OURS, "raw": loops.raw, "ours_again": loops.ours, "ours_panel": loops.ours_panel}.get(name) or peers.late(name)
+    return {**OURS, "raw": loops.raw, "ours_again": loops.ours, "ours_panel": loops.ours_panel, "ours_turned": loops.ours_turned}.get(name) or peers.late(name)
 
 
 def turns(case, names, bases, rounds, **changes):
@@ -154,21 +148,40 @@ def turns(case, names, bases, rounds, **changes):
         return take_turns({name: name for name in names}, {base: base for base in bases}, apart, rounds, apart.renew)
 
 
-PANEL = ("trainer", "CPU over ours", "wall over ours", "us/step more than ours")
+PANEL = ("trainer", "CPU over ours", "wall over ours", "us/step more than ours", "CPU over ours, pair by pair")
+
+
+def neighbours(fit, clock):
+    """Stretches of a fit beside each other, in seconds: (still, at work) and (still, still).
+
+    They come as still, at work, at work, still; the first fifth is left out, in which a panel builds its figures.
+    """
+    took = fit.epochs(clock)
+    rounds = list(zip(*[iter(took)] * 4))[len(took) // 20 :]
+    open_ones = [pair for a, b, c, d in rounds for pair in ((a, b), (d, c))]
+    return open_ones, [(before[-1], after[0]) for before, after in zip(rounds, rounds[1:])]
+
+
+def panel_row(name, cpu, wall, steps):
+    "A line of the panel's table, from pairs of stretches of so many steps: the first of a pair is the base"
+    ratio, by_wall = (sum(b for _, b in pairs) / sum(a for a, _ in pairs) for pairs in (cpu, wall))
+    more = statistics.fmean(b - a for a, b in cpu) / steps * 1e6
+    return [name, f"{ratio:.3f}", f"{by_wall:.3f}", f"{more:.1f}", spread([b / a for a, b in cpu], "{:.3f}")]
 
 
 def panel_report(case, seconds, rounds):
-    "The open panel against ours without one, in fits of some seconds, since it paints by the clock and not by the step"
+    "The open panel against the same one that holds still, by turns within one training"
     with Apart(find, case.name, clip=case.clip) as apart:
-        probe = apart("ours")
-    epochs = max(math.ceil(seconds / statistics.median(probe.epochs("cpu"))), case.epochs)
-    results = turns(case, ["ours_again", "ours_panel"], ["ours"], rounds, epochs=epochs)
-    rows = [
-        [o.name, spread(o.ratios("ours", later_step), "{:.3f}"), spread(o.ratios("ours", partial(later_step, clock="wall")), "{:.3f}"),
-         spread(o.differences("ours", later_step), "{:.0f}")]
-        for o in results.values()
-    ]
-    words = f"{epochs} epochs, {len(results['ours_panel'].fits)} pairs; the mean over the last two thirds of the epochs."
+        epoch = statistics.median(apart("ours").epochs("wall"))
+    length = max(math.ceil(seconds / epoch / loops.STRETCHES), 1)
+    with Apart(find, case.name, clip=case.clip, epochs=length * (loops.STRETCHES + 1)) as apart:
+        fits = [(apart("ours_turned"), apart.renew())[0] for _ in range(rounds)]
+    found = {clock: [neighbours(fit, clock) for fit in fits] for clock in ("cpu", "wall")}
+    (still, again), (still_wall, again_wall) = ([sum(kind, []) for kind in zip(*found[clock])] for clock in ("cpu", "wall"))
+    steps = length * case.steps
+    rows = [panel_row("ours_again", again, again_wall, steps), panel_row("ours_panel", still, still_wall, steps)]
+    words = (f"{rounds} trainings of {loops.STRETCHES} stretches of {steps} steps, in which the open panel is at work or holds still; {len(still)} pairs of neighbours. "
+             "Ratios of what all stretches took; on the right the median of the pairs. `ours_again`: still, beside still.")
     return "\n\n".join([f"### {case.name}: the panel open", words, table(PANEL, rows)])
 
 
@@ -178,7 +191,7 @@ def measure(case, contestants, rounds, panel):
     yield report(case, turns(case, contestants, BASES, rounds))
     if panel:
         tell("with the panel open")
-        yield panel_report(case, panel, rounds)
+        yield panel_report(case, panel, max(rounds // 4, 1))
 
 
 def arguments_of(words):
@@ -188,7 +201,7 @@ def arguments_of(words):
     parser.add_argument("--peers", nargs="*", choices=peers.PACKAGES, help="other libraries; without names, all")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--clip", type=float, help="clip everybody's gradients to this norm; default not at all, as is ours")
-    parser.add_argument("--panel", type=float, default=0, metavar="SECONDS", help="also measure the open panel, in fits of so many seconds")
+    parser.add_argument("--panel", type=float, default=0, metavar="SECONDS", help="also measure the open panel, in trainings of so many seconds")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.md")
     arguments = parser.parse_args(words)
     arguments.peers = list(peers.PACKAGES) if arguments.peers == [] else arguments.peers or []

@@ -17,75 +17,18 @@ import json
 import statistics
 import tempfile
 
-from .panel_tools import Kernel, opened, table, verdict, write
+from .panel_tools import ROOT, Kernel, opened, table, verdict, write
+from .stretches import alternating
 
 LOADS = {"launch-bound": (4, 32, 2, 100), "convolution-bound": (16, 96, 4, 6)}  # Width, pixels, batch, steps of a stretch
-MEASURE = """
-import json, time, torch
-from unet_nbtrain import TrainerPanel, UNet
-from unet_nbtrain.trainer import UNetTrainer
-torch.set_num_threads(1)
-
-class Switch:
-    "In the place of what the panel's thread calls to paint; turned off, the panel hears nothing and paints nothing"
-    def __init__(self, pump, trainer):
-        self.pump, self.trainer, self.painter, self.on, self.rest = pump, trainer, pump.painter, True, 0.0
-        pump.painter = self
-    def __call__(self, with_picture):
-        if self.on:
-            self.painter(with_picture)
-    def alive(self):
-        return self.on and self.painter.alive()
-    def busy(self):
-        return self.on and self.painter.busy()
-    def turn(self, on):
-        if on == self.on:
-            return
-        self.on = on
-        if on:
-            self.trainer.observers.add(self.pump.watcher)
-            self.pump.pictures.postpone(self.rest)
-            self.pump.watcher.bell.set()  # It sleeps while nothing is to be done
-        else:
-            self.trainer.observers.remove(self.pump.watcher)
-            self.rest = self.pump.pictures.rest
-
-class Stretches:
-    def __init__(self, order, steps, switch):
-        self.order, self.steps, self.switch, self.took = order, steps, switch, []
-    def _look(self):
-        with open("/proc/thread-self/schedstat") as file:
-            computed, ready, _ = map(int, file.read().split())
-        with open(f"/proc/self/task/{self.switch.pump.thread.native_id}/schedstat") as file:
-            panel = int(file.read().split()[0])
-        return time.monotonic_ns(), computed, ready, panel
-    def on_batch_end(self, trainer, loss):
-        if trainer.phase == "train" and trainer.batch % self.steps == 1:
-            if trainer.batch > 1:
-                self.took.append([b - a for a, b in zip(self.begun, self._look())])
-            if len(self.took) < len(self.order):
-                self.switch.turn(self.order[len(self.took)])
-            self.begun = self._look()
-
-def measure(width, pixels, size, steps, order, name):
-    torch.manual_seed(0)
-    images = [torch.rand(size, 3, pixels, pixels) for _ in range(20)]
-    count = steps * len(order) + 2
-    train = [(x, (x[:, :1] > 0.5).float()) for x in (images * (1 + count // 20))[:count]]
-    trainer = UNetTrainer(UNet(3, 1, width=width, depth=2), train, train[:2], device="cpu", run_dir=f"runs/{name}")
-    panel = TrainerPanel(trainer=trainer, num_epochs=1)
-    panel.show()
-    stretches = Stretches(order, steps, Switch(panel._pump, trainer))
-    trainer.observers.add(stretches)
-    panel.start().wait()
-    panel._pump.close()
-    return [dict(zip(("wall", "computed", "ready", "panel"), (number / 1e9 for number in one))) for one in stretches.took]
-"""
+CELL = f"""import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks.stretches import in_one_epoch"""
 
 
 def in_notebook(call):
-    """The result of a call of `measure`, in a notebook that a browser looks at"""
-    with opened([MEASURE, f"found = {call}", "print(json.dumps(found))"]) as lab:
+    """The result of a call of `in_one_epoch`, in a notebook that a browser looks at"""
+    with opened([CELL, f"found = {call}", "print(json.dumps(found))"]) as lab:
         lab.run_cell(0)
         lab.cell(1).scroll_into_view_if_needed()
         lab.run_cell(1)
@@ -97,7 +40,7 @@ def in_kernel(call):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         kernel = Kernel(home)
         try:
-            kernel.run(MEASURE)
+            kernel.run(CELL)
             return json.loads(kernel.run(f"json.dumps({call})", timeout=600)[1:-1])
         finally:
             kernel.close()
@@ -106,8 +49,7 @@ def in_kernel(call):
 def measure(place, load, pairs):
     """A line of the table; the first pair warms up"""
     width, pixels, size, steps = LOADS[load]
-    order = [shown for pair in range(pairs + 1) for shown in ((True, False) if pair % 2 else (False, True))]
-    found = list(zip(order, place(f"measure({width}, {pixels}, {size}, {steps}, {order}, '{load}')")))[2:]
+    found = list(zip(alternating(pairs + 1), place(f"in_one_epoch({width}, {pixels}, {size}, {steps}, {pairs + 1}, '{load}')")))[2:]
     ratios = [ratio_of(found, cost) for cost in (lambda r: r["wall"], lambda r: r["wall"] - r["ready"], lambda r: r["computed"])]
     waits = {shown: share_of([r for s, r in found if s is shown], lambda r: r["wall"] - r["computed"] - r["ready"]) for shown in (True, False)}
     more, ratio = waits[True] - waits[False], ratios[1][0]

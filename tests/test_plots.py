@@ -299,8 +299,7 @@ def test_the_parts_laid_over_each_other_are_the_figure():
     for history, trace in ((History(), ((), ())), (run, (x, y)), (run, (x, [*y[:-30], *[9.0] * 30]))):
         live.png(history, trace, total_epochs=50)
         curves = live._curves
-        curves.canvas.restore_region(live._background)
-        parts = np.array(curves.canvas.buffer_rgba())[..., :3]
+        parts = live._background[..., :3]
         curves.legend.set_animated(False)
         curves.canvas.draw()
         curves.legend.set_animated(True)

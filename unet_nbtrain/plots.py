@@ -102,19 +102,25 @@ class _Blitting:
 
     def _draw_parts(self, changed):
         "Draw the axes that have changed, each alone, then lay all parts over each other; each has a column of the page, and the darker pixel wins"
-        curves, renderer = self._curves, self._curves.canvas.get_renderer()
-        page, edges = np.asarray(curves.canvas.buffer_rgba()), [(int(ax.bbox.x0), int(ax.bbox.x1)) for ax in curves.axes]
+        curves, renderer, page = self._curves, self._curves.canvas.get_renderer(), self._page()
+        edges = [(int(ax.bbox.x0), int(ax.bbox.x1)) for ax in curves.axes]
         columns = [slice(a, b) for a, b in zip([0, *(right for _, right in edges[:-1])], [*(left for left, _ in edges[1:]), None])]
         places = dict(zip([*curves.axes, curves.legend], [*columns, columns[0]]))
-        todo, self._parts = list(places) if self._parts is None else [curves.axes[i] for i in changed], self._parts or {}
+        todo = [curves.axes[i] for i in changed]
+        if self._parts is None:
+            todo, self._parts = list(places), {part: page[:, column].copy() for part, column in places.items()}
+            self._background, self._labelled = page.copy(), page.copy()
         for part in todo:
             page[:, places[part]] = 255
             part.draw(renderer)
-            self._parts[part] = page[:, places[part]].copy()
-        page[...] = 255
+            self._parts[part][...] = page[:, places[part]]
+        self._background[...] = 255
         for part, column in places.items():
-            np.minimum(page[:, column], self._parts[part], out=page[:, column])
-        self._background = curves.canvas.copy_from_bbox(curves.figure.bbox)
+            np.minimum(self._background[:, column], self._parts[part], out=self._background[:, column])
+
+    def _page(self):
+        "The pixels of the canvas, (height, width, 4), to be changed in place"
+        return np.asarray(self._curves.canvas.buffer_rgba())
 
     def _draw(self, changed, labels):
         "Bring the canvas up to date, with as little drawing as these changes allow"
@@ -123,12 +129,12 @@ class _Blitting:
             self._draw_parts(changed)
         if fresh or labels:
             self._layer(self._background, curves.labels.values())
-            self._labelled = curves.canvas.copy_from_bbox(curves.figure.bbox)
+            self._labelled[...] = self._page()
         self._layer(self._labelled, [curves.window, curves.band, *curves.lines.values()])
         self.full_draws, self.blits = self.full_draws + fresh, self.blits + (not fresh)
 
     def _layer(self, below, artists):
-        self._curves.canvas.restore_region(below)
+        self._page()[...] = below
         for artist in artists:
             artist.axes.draw_artist(artist)
 

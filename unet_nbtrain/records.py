@@ -169,9 +169,15 @@ def best_row(
     rows: Sequence[Mapping],  # Rows of a history, oldest first
 ) -> Mapping | None:  # One of them; `None` if there is none to choose from
     "The row flagged `best` last, else the row with the smallest validation loss (NaN never wins)."
-    flagged = [row for row in rows if row.get("best") is True]
-    measured = [row for row in rows if not math.isnan(_number(row["val"].get("loss")))]
-    return flagged[-1] if flagged else min(measured, key=lambda row: row["val"]["loss"], default=None)
+    flagged = next((row for row in reversed(rows) if row.get("best") is True), None)
+    measured = (row for row in rows if not math.isnan(_number(row["val"].get("loss"))))
+    return flagged or min(measured, key=lambda row: row["val"]["loss"], default=None)
+
+
+def _go_on(rows, known, nothing):
+    "What was made of the first rows, and the rows that have come since; all of them where those are not how it begins"
+    seen, made = known
+    return (made, rows[len(seen) :]) if rows[: len(seen)] == seen else (nothing, rows)
 
 
 class _Views(_State):
@@ -194,10 +200,9 @@ class _Views(_State):
 
     def columns(self) -> list[str]:  # For example `['epoch', 'train.loss', 'val.dice', 'val.per_class.dice.0', 'lr']`
         "The dotted names of all numbers in the rows, in the order of their first appearance; each fits `column`."
-        rows, (seen, names) = self._data[0], self._named
-        if rows[: len(seen)] != seen:
-            seen, names = (), {}
-        names = names | dict.fromkeys(name for row in rows[len(seen) :] for name in number_names(row))
+        rows = self._data[0]
+        names, new = _go_on(rows, self._named, {})
+        names = names | dict.fromkeys(name for row in new for name in number_names(row))
         self._named = rows, names
         return list(names)
 
@@ -210,10 +215,9 @@ class RunRecord(_Views):
         name: str,  # A dotted path into the rows, e.g. `'val.dice'`, `'lr'`, `'val.per_class.dice.1'`
     ) -> list[float]:  # One float a row, NaN where a row lacks it
         "One number an epoch; raises `KeyError` with the known names when no row has it."
-        rows, (seen, known) = self._data[0], self._numbers.get(name, ((), ()))
-        if rows[: len(seen)] != seen:
-            seen, known = (), ()
-        found = [find_value(row, name) for row in rows[len(seen) :]]
+        rows = self._data[0]
+        known, new = _go_on(rows, self._numbers.get(name, ((), ())), ())
+        found = [find_value(row, name) for row in new]
         if rows and not known and not any(isinstance(value, int | float) for value in found):
             raise KeyError(f"No row has {name!r}. The columns are: {', '.join(self.columns())}.")
         values = (*known, *map(_number, found))

@@ -77,7 +77,7 @@ class _Positioned(_Saving):
             "train_metrics": self._train_metrics,
             "meter": self._train_meter.state_dict() if in_training else {},
             "norms": self._norms.state_dict(),
-            "seconds": self._epoch_seconds(),
+            "seconds": self.epoch_seconds,
             "total_epochs": self.total_epochs,
             "parts_per_batch": self.parts_per_batch,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,

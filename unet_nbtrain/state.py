@@ -212,8 +212,7 @@ class _Numbers(_Ready):
     @property
     def best_val_loss(self) -> float:
         "The smallest validation loss so far; infinite before the first validation."
-        losses = [value for value in self.history["val_losses"] if math.isfinite(value)]
-        return min(losses, default=math.inf)
+        return min(filter(math.isfinite, self.history["val_losses"]), default=math.inf)
 
     @property
     def nonfinite_in_a_row(self) -> int:
@@ -242,8 +241,9 @@ class _Numbers(_Ready):
             return val["loss"]
         return self.early_stopping.value_of({"val": val}) if self.early_stopping.mode == "max" else val["dice"]
 
-    def _epoch_seconds(self):
-        "Seconds of work on the epoch so far, pauses not counted, also from before an interruption"
+    @property
+    def epoch_seconds(self) -> float:
+        "Seconds of work on the epoch so far, pauses not counted, also from before an interruption."
         return self._spent + (self.run.elapsed - self._began if self.run else 0.0)
 
 # %% ../nbs/14_state.ipynb #e67c8b07

@@ -118,7 +118,7 @@ class _EpochEnds(_GoingBack):
         train = dict(train)
         bad = train.pop("bad_samples", 0) + self._bad_in_validation
         row = {"epoch": self.current_epoch + 1, "train": train, "val": val, "lr": self.learning_rate}
-        seconds = self._epoch_seconds()
+        seconds = self.epoch_seconds
         row |= {"seconds": seconds, "images_per_second": self._speed, "data_wait": min(self._waited / max(seconds, 1e-9), 1.0)}
         row["grad_norm"] = self._norms.compute()
         row |= self._tell_skipped(row) | ({"bad_samples": bad} if bad else {})
@@ -167,7 +167,7 @@ class _Endings(_EpochEnds):
         if not self._at_boundary:
             self._rewind()
         if error or self.run.state == "stopping":
-            self._spent = self._epoch_seconds()
+            self._spent = self.epoch_seconds
             self._began = self.run.elapsed
             self._save()
 

@@ -49,14 +49,13 @@ def time_left(
 
 
 def time_at_pace(
-    finished: Sequence[float],  # Seconds of each epoch of this run that is over; at least one
-    elapsed: float,  # Seconds at work in this run
+    finished: Sequence[float],  # Seconds of the last epochs that are over; at least one
+    spent: float,  # Seconds of the one at work
     todo: int,  # Epochs that are not over
 ) -> float:  # Seconds
     "Estimated seconds to go, at the pace of the last epochs."
-    pace = statistics.median(finished[-5:])
-    spent = min(max(elapsed - sum(finished), 0.0), pace)
-    return max(pace * todo - spent, 0.0)
+    pace = statistics.median(finished)
+    return max(pace * todo - min(spent, pace), 0.0)
 
 # %% ../nbs/16_view.ipynb #24dce405
 _SIZES = weakref.WeakKeyDictionary()  # Parameters of each model in words: counting those of a large one takes longer than all other text
@@ -87,9 +86,9 @@ def read_status(
     )
     if run is not None:
         status.reason, status.requests, status.elapsed = run.reason, run.requests, run.elapsed
-        finished = [row["seconds"] for row in status.rows if row["epoch"] > begun_at and isinstance(row.get("seconds"), float)]
+        finished = [row["seconds"] for row in status.rows[-5:] if row["epoch"] > begun_at and isinstance(row.get("seconds"), float)]
         status.at_least = not finished
-        status.left = time_at_pace(finished, run.elapsed, total - status.epoch) if finished else time_left(run.elapsed, trainer.progress - begun_at, total - trainer.progress)
+        status.left = time_at_pace(finished, trainer.epoch_seconds, total - status.epoch) if finished else time_left(run.elapsed, trainer.progress - begun_at, total - trainer.progress)
     if starting and status.state != "paused":
         status.state = "starting"
     return status

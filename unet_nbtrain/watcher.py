@@ -146,7 +146,7 @@ class Pump:
         watcher: Watcher,  # Rings when there is something new
     ):
         self.painter, self.watcher, self.closed = painter, watcher, False
-        self.pictures = Pace(share=0.005, shortest=0.5, longest=15.0, clock=time.thread_time)
+        self.pictures = Pace(share=0.005, shortest=0.5, longest=30.0, clock=time.thread_time)
         self.thread = threading.Thread(target=self._run, name="unet-panel", daemon=True)
 
     def start(self) -> None:
