@@ -397,7 +397,7 @@ def steps_of_an_epoch(folder, rows, monkeypatch):
     trainer.history.load_state_dict({"rows": [{"epoch": i, "val": {"loss": 1.0, "of": [1, 2]}} for i in range(1, rows + 1)], "events": []})
     trainer.current_epoch = rows
     with monkeypatch.context() as monkeypatch:
-        for place, name in ((checkpoint, "to_plain"), (files_room, "to_plain"), (HostCopy, "_copy"), (history_room, "to_json")):
+        for place, name in ((checkpoint, "to_plain"), (files_room, "to_plain"), (HostCopy, "_tensor"), (history_room, "to_json")):
             count(place, name)
         monkeypatch.setattr(checkpoint, "walk", walk)
         monkeypatch.setattr(contents_room, "walk", walk)

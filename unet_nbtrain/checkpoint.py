@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'VERSION', 'to_plain', 'save_file', 'load_file', 'load_weig
 import logging
 import pickle
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,20 +29,25 @@ FORMAT, VERSION = "unet_nbtrain", 1
 _LOADS_SAFELY = frozenset({type(None), bool, int, float, str, bytes, Counter, Settled, torch.Size, torch.dtype})
 
 
+def _detached(tensor, where):
+    return tensor.detach()
+
+
 def to_plain(
     value: object,  # A nested state: tensors, numbers, text, `None`, lists, tuples, dictionaries, NumPy values
     where: str = "state",  # The name of the value, for the error
+    of_tensor: Callable[[torch.Tensor, str], object] = _detached,  # What becomes of a tensor, from it and its name
 ) -> object:  # The same, of types that `torch.load(weights_only=True)` reads
     "The state with every value of a type that loads safely; raises `CheckpointError` that names an entry which has none."
     if type(value) in _LOADS_SAFELY:
         return value
     if isinstance(value, torch.Tensor):
-        return value.detach()
+        return of_tensor(value, where)
     if isinstance(value, Mapping):
         kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((k if type(k) in _LOADS_SAFELY else to_plain(k, where), v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{k!r}]")) for k, v in value.items())
+        return kind((k if type(k) in _LOADS_SAFELY else to_plain(k, where), v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{k!r}]", of_tensor)) for k, v in value.items())
     if isinstance(value, (list, tuple, set)):
-        return type(value)(v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{i}]") for i, v in enumerate(value))
+        return type(value)(v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{i}]", of_tensor) for i, v in enumerate(value))
     if hasattr(value, "tolist"):
         return value.tolist()
     for base in (bool, int, float, str):

@@ -190,7 +190,7 @@ class _Files:
         picture: Callable[[History], bytes] | None = None,  # Makes a PNG of the history, for `curves.png`
     ):
         self.folder, self.picture, self._owed, self._refused = Path(folder), picture, False, False
-        self.pace, self._picture_pace = Pace(share=0.01, longest=5.0), Pace(share=0.05, longest=math.inf)
+        self.pace, self._picture_pace = Pace(share=0.0025, longest=5.0), Pace(share=0.05, longest=math.inf)
 
     def _save(self, history):
         with self.pace.measured():

@@ -13,13 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from .checkpoint import to_plain
-from .files import Settled
 from .pace import Pace
 
 # %% ../nbs/12_writer.ipynb #436d497b
-_SCALARS = frozenset({type(None), bool, int, float, str, bytes})
-
-
 class HostCopy:
     "Memory for copies of a state, which is used again by the next one of the same shape."
 
@@ -32,24 +28,14 @@ class HostCopy:
     ) -> dict:  # Tensors in main memory; sharing nothing with `state` but settled values
         "Copy a state; the copy that was taken before is overwritten. Raises `CheckpointError` for an entry that no file can hold."
         self._old, self._buffers, self._done, self._placed = self._buffers, {}, {}, []
-        copy = self._copy(to_plain(state), ())
+        copy = to_plain(state, of_tensor=self._tensor)
         if self._placed:
             torch._foreach_copy_(*map(list, zip(*self._placed)))
         self._old, self._done, self._placed = {}, {}, []
         return copy
 
-    def _copy(self, value, where):
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value, where)
-        if isinstance(value, Settled):
-            return Settled(value)
-        if isinstance(value, Mapping):
-            return type(value)({key: item if type(item) in _SCALARS else self._copy(item, (*where, key)) for key, item in value.items()})
-        if isinstance(value, (list, tuple, set)) and type(value) is not torch.Size:
-            return type(value)(item if type(item) in _SCALARS else self._copy(item, (*where, i)) for i, item in enumerate(value))
-        return value
-
     def _tensor(self, value, where):
+        value = value.detach()
         if value.layout != torch.strided:
             return value.to("cpu", copy=True)
         key = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
