@@ -137,6 +137,19 @@ def test_the_results_of_the_repository_can_be_read(path):
     assert found and all(rows and len({tuple(row) for row in rows}) == 1 for rows in found.values())
 
 
+def test_the_readme_has_the_numbers_of_the_tables():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    found = tables.read_tables(ROOT / "benchmarks" / "results" / "overhead.md")
+    ratios = {(case, row["trainer"]): tables.numbers(row["CPU over raw"])[0] for case in ("conv1", "tiny") for row in found[case]}
+    told = [line for line in lines if "of the plain loop by hand" in line]
+    assert len(told) == 2
+    for name, title in (("ours", "| "), ("ignite", "Ignite "), ("lightning", "Lightning "), ("fastai", "fastai ")):
+        assert f"{title}{ratios['conv1', name]:.2f}" in told[0]
+    assert f"| {ratios['tiny', 'ours']:.2f} " in told[1]
+    more = [100 * float(row["CPU over ours"]) - 100 for case in ("conv1", "tiny") for row in found[f"{case}: the panel open"] if row["trainer"] == "ours_panel"]
+    assert any("{:.1f} % and {:.1f} % more".format(*more) in line for line in lines)
+
+
 def test_each_peer_has_its_version_and_its_adapter():
     pinned = {line.partition("==")[0] for line in (ROOT / "benchmarks" / "peers.txt").read_text().splitlines() if "==" in line}
     assert set(peers.PACKAGES.values()) <= pinned

@@ -82,7 +82,7 @@ def fit_range(
     bottom, top = (max(math.log10(low), -290), max(math.log10(high), -280)) if log else (low, high)
     if old and old.log == log and old.low <= bottom and top <= old.high and top - bottom >= 0.45 * (old.high - old.low):
         return old
-    margin = 0.12 * (top - bottom) or 0.5 * abs(top) or 1.0
+    margin = 0.12 * (top - bottom) or 0.6 * abs(top) or 1.0  # A rate that is halved must not lie on the frame
     floor = 0.0 if low >= 0 and not log else -math.inf
     return Range(log, max(bottom - margin, floor), top + margin)
 
