@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 FORMAT, VERSION = "unet_nbtrain", 1
 
 # %% ../nbs/11_checkpoint.ipynb #87996750
-_LOADS_SAFELY = frozenset({type(None), bool, int, float, str, bytes, Counter, Settled, torch.Size, torch.dtype})
+_LOADS_SAFELY = frozenset({type(None), bool, int, float, str, bytes, Settled, torch.Size, torch.dtype})
 
 
 def _detached(tensor, where):
@@ -44,8 +44,8 @@ def to_plain(
     if isinstance(value, torch.Tensor):
         return of_tensor(value, where)
     if isinstance(value, Mapping):
-        kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((k if type(k) in _LOADS_SAFELY else to_plain(k, where), v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{k!r}]", of_tensor)) for k, v in value.items())
+        plain = {k if type(k) in _LOADS_SAFELY else to_plain(k, where): v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{k!r}]", of_tensor) for k, v in value.items()}
+        return next((kind(plain) for kind in (OrderedDict, Counter) if isinstance(value, kind)), plain)
     if isinstance(value, (list, tuple, set)):
         return type(value)(v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{i}]", of_tensor) for i, v in enumerate(value))
     if hasattr(value, "tolist"):
