@@ -1,6 +1,6 @@
 """All measurements one after the other, each in a process of its own: `make bench`, or `python -m benchmarks [names …]`.
 
-About half an hour on two quiet cores, most of it for the other libraries. The killing of `benchmarks.crash` and the measurements on a
+About an hour on two quiet cores, most of it for the other libraries. The killing of `benchmarks.crash` and the measurements on a
 card (`benchmarks.gpu`) are not among them.
 """
 

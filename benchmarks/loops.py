@@ -96,7 +96,7 @@ class Turns(Marks):
 
     def __init__(self, work, switch):
         super().__init__(work)
-        self.switch, self.length, self.order = switch, max(work.epochs // STRETCHES, 1), iter(alternating(STRETCHES // 2))
+        self.switch, self.length, self.order = switch, max(work.epochs // (STRETCHES + 1), 1), iter(alternating(STRETCHES // 2))
 
     def on_epoch_end(self, trainer, row):
         if trainer.current_epoch % self.length == 0:

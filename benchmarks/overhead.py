@@ -139,12 +139,12 @@ def report(case, results):
 
 def find(name):
     "A contestant by its name"
-    return {**OURS, "raw": loops.raw, "ours_again": loops.ours, "ours_panel": loops.ours_panel, "ours_turned": loops.ours_turned}.get(name) or peers.late(name)
+    return {**OURS, "raw": loops.raw, "ours_panel": loops.ours_panel, "ours_turned": loops.ours_turned}.get(name) or peers.late(name)
 
 
-def turns(case, names, bases, rounds, **changes):
+def turns(case, names, bases, rounds):
     "`take_turns` with ours in one process and the others in another, new ones for each round"
-    with Apart(find, case.name, clip=case.clip, **changes) as apart:
+    with Apart(find, case.name, clip=case.clip) as apart:
         return take_turns({name: name for name in names}, {base: base for base in bases}, apart, rounds, apart.renew)
 
 
@@ -152,14 +152,14 @@ PANEL = ("trainer", "CPU over ours", "wall over ours", "us/step more than ours",
 
 
 def neighbours(fit, clock):
-    """Stretches of a fit beside each other, in seconds: (still, at work) and (still, still).
+    """Stretches of a fit beside each other, in seconds, by the name of their line: (still, at work) and (still, still).
 
     They come as still, at work, at work, still; the first fifth is left out, in which a panel builds its figures.
     """
     took = fit.epochs(clock)
     rounds = list(zip(*[iter(took)] * 4))[len(took) // 20 :]
-    open_ones = [pair for a, b, c, d in rounds for pair in ((a, b), (d, c))]
-    return open_ones, [(before[-1], after[0]) for before, after in zip(rounds, rounds[1:])]
+    at_work = [pair for a, b, c, d in rounds for pair in ((a, b), (d, c))]
+    return {"ours_again": [(before[-1], after[0]) for before, after in zip(rounds, rounds[1:])], "ours_panel": at_work}
 
 
 def panel_row(name, cpu, wall, steps):
@@ -169,18 +169,21 @@ def panel_row(name, cpu, wall, steps):
     return [name, f"{ratio:.3f}", f"{by_wall:.3f}", f"{more:.1f}", spread([b / a for a, b in cpu], "{:.3f}")]
 
 
+def alone(case, name, **changes):
+    "A fit in a new process"
+    with Apart(find, case.name, clip=case.clip, **changes) as apart:
+        return apart(name)
+
+
 def panel_report(case, seconds, rounds):
     "The open panel against the same one that holds still, by turns within one training"
-    with Apart(find, case.name, clip=case.clip) as apart:
-        epoch = statistics.median(apart("ours").epochs("wall"))
+    epoch = statistics.median(alone(case, "ours").epochs("wall"))
     length = max(math.ceil(seconds / epoch / loops.STRETCHES), 1)
-    with Apart(find, case.name, clip=case.clip, epochs=length * (loops.STRETCHES + 1)) as apart:
-        fits = [(apart("ours_turned"), apart.renew())[0] for _ in range(rounds)]
-    found = {clock: [neighbours(fit, clock) for fit in fits] for clock in ("cpu", "wall")}
-    (still, again), (still_wall, again_wall) = ([sum(kind, []) for kind in zip(*found[clock])] for clock in ("cpu", "wall"))
+    fits = [alone(case, "ours_turned", epochs=length * (loops.STRETCHES + 1)) for _ in range(rounds)]
+    pairs = {name: [[pair for fit in fits for pair in neighbours(fit, clock)[name]] for clock in ("cpu", "wall")] for name in ("ours_again", "ours_panel")}
     steps = length * case.steps
-    rows = [panel_row("ours_again", again, again_wall, steps), panel_row("ours_panel", still, still_wall, steps)]
-    words = (f"{rounds} trainings of {loops.STRETCHES} stretches of {steps} steps, in which the open panel is at work or holds still; {len(still)} pairs of neighbours. "
+    rows = [panel_row(name, cpu, wall, steps) for name, (cpu, wall) in pairs.items()]
+    words = (f"{rounds} trainings of {loops.STRETCHES} stretches of {steps} steps, in which the open panel is at work or holds still; {len(pairs['ours_panel'][0])} pairs of neighbours. "
              "Ratios of what all stretches took; on the right the median of the pairs. `ours_again`: still, beside still.")
     return "\n\n".join([f"### {case.name}: the panel open", words, table(PANEL, rows)])
 
