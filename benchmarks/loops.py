@@ -15,8 +15,8 @@ from .stretches import Switch, alternating
 STRETCHES = 160  # Of a training in which the panel is at work and still by turns, beside the first one, in which it begins
 
 
-def raw(work, **adam):
-    "The lean loop: sums stay on the device, nothing is read in a step"
+def raw(work, after=lambda model, optimizer: None, **adam):
+    "The lean loop: sums stay on the device, nothing is read in a step; `after` is called when an epoch is over"
     model, criterion, optimizer = work.model, work.criterion, work.optimizer(**adam)
     parameters, counts = list(model.parameters()), Counts()
     for _ in range(work.epochs):
@@ -36,7 +36,18 @@ def raw(work, **adam):
             for images, masks in work.val:
                 logits = model(images)
                 counts.update(logits, masks, criterion(logits, masks))
-        work.mark(train, counts.compute())
+        val = counts.compute()
+        after(model, optimizer)
+        work.mark(train, val)
+
+
+raw_fused = partial(raw, fused=True)
+
+
+def raw_saving(work):
+    "The fused loop that writes a checkpoint after each epoch, as scripts do: `torch.save`, which nobody asks to wait for the disk"
+    path = work.folder + ".pth"
+    raw_fused(work, lambda model, optimizer: torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path))
 
 
 def _scores(logits, masks):
@@ -151,6 +162,3 @@ def _with_panel(work, observer):
     finally:
         panel._pump.close()
         panel._pump.thread.join()
-
-
-raw_fused = partial(raw, fused=True)

@@ -22,10 +22,10 @@ from .tables import RESULTS, circumstances, sentence, table, write
 
 BASES = ("raw", "raw_fused")
 OURS = {
-    "raw_again": loops.raw, "raw_fused": loops.raw_fused, "raw_usual": loops.raw_usual,
+    "raw_again": loops.raw, "raw_fused": loops.raw_fused, "raw_saving": loops.raw_saving, "raw_usual": loops.raw_usual,
     "ours": loops.ours, "ours_bar": loops.ours_bar, "ours_loop": loops.ours_loop,
 }
-FUSED = {"raw_fused", "ours", "ours_bar"}  # Who had the fused AdamW; the others had the loop, which is PyTorch's default on a CPU
+FUSED = {"raw_fused", "raw_saving", "ours", "ours_bar"}  # Who had the fused AdamW; the others had the loop, which is PyTorch's default on a CPU
 DEFAULTS = {  # What one gets who does not choose an optimizer; the others want to be given one
     "ours": "this", "ours_bar": "this", "keras": "RMSprop", "fastai": "its own Adam", "skorch": "SGD", "hf_trainer": "AdamW, fused",
 }

@@ -30,7 +30,7 @@ def test_all_contestants_do_the_same_work(clip):
     case = replace(SHORT, clip=clip)
     raw = fit(loops.raw, case)
     assert len(raw.rows) == len(raw.marks) == 3 and len(raw.epochs("cpu")) == len(raw.loops("cpu")) == 2
-    for contestant in (loops.raw_fused, loops.ours, *([] if clip else [loops.ours_bar, loops.ours_loop, loops.ours_panel])):
+    for contestant in (loops.raw_fused, loops.raw_saving, loops.ours, *([] if clip else [loops.ours_bar, loops.ours_loop, loops.ours_panel])):
         other = fit(contestant, case)
         assert max(overhead.apart(other, raw)) <= 1e-5
         assert len(other.epochs("cpu")) == 2 and other.total("wall") > 0

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from numbers import Real
 
+import torch
 from torch import Tensor, nn
 
 from .core import unwrap
@@ -242,16 +243,21 @@ class BestWeights:
     ) -> None:
         "Copy `weights` as the best ones."
         old, self._kept = self._kept or {}, None  # a copy that is cut short leaves none, not a mixture
-        self._kept = {name: _copy_into(old.get(name), value) for name, value in weights.items()} or None
+        placed = {name: (old[name], value) for name, value in weights.items() if _fits(old.get(name), value)}
+        if placed:
+            with torch.no_grad():
+                torch._foreach_copy_(*map(list, zip(*placed.values())))
+        self._kept = {name: placed[name][0] if name in placed else _copy_of(value) for name, value in weights.items()} or None
 
 # %% ../nbs/12_early_stopping.ipynb #ba32e60a
-def _copy_into(buffer: object, value: object) -> object:
-    "A copy of `value` in main memory, in `buffer` if that fits."
-    if not isinstance(value, Tensor):
-        return copy.deepcopy(value)
-    if isinstance(buffer, Tensor) and buffer.shape == value.shape and buffer.dtype == value.dtype:
-        return buffer.copy_(value.detach())
-    return value.detach().to("cpu", copy=True)
+def _fits(buffer: object, value: object) -> bool:
+    "Whether `value` can be copied into `buffer`."
+    return isinstance(buffer, Tensor) and isinstance(value, Tensor) and buffer.shape == value.shape and buffer.dtype == value.dtype
+
+
+def _copy_of(value: object) -> object:
+    "A copy in main memory."
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 # %% ../nbs/12_early_stopping.ipynb #6bd222b6
 class LastWeights:
