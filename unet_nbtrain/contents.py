@@ -231,7 +231,7 @@ def _is_optional(test):
 
 _WEIGHTS = ("model_state_dict", "training_model_state_dict", "averaged_model_state_dict")
 _WHOLE = ("epoch", "global_step", "total_epochs", "batch", "seconds", "train_metrics", "meter", "settings", "early_stopping", "optimizer_state_dict")
-_COUNTS = ("epoch", "global_step", "total_epochs", "batch", "averaged_steps", "parts_per_batch", "nonfinite_in_a_row")
+_COUNTS = ("epoch", "global_step", "total_epochs", "batch", "averaged_steps", "parts_per_batch", "val_parts_per_batch", "nonfinite_in_a_row")
 _TEXTS = ("model", "optimizer", "torch", "format")
 _KINDS = [
     ("tensors by name", _is_weights, _WEIGHTS),

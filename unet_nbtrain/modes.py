@@ -131,10 +131,15 @@ class _Candidates(_Thrifty):
 class _Quick(_Candidates):
     "The quickest way to compute a batch"
 
+    @property
+    def _parts_now(self):
+        "In how many parts a batch goes through: what training cannot hold, validation is not asked to hold either"
+        return self.parts_per_batch if self.phase == "train" else max(self.parts_per_batch, self.val_parts_per_batch)
+
     def _quick(self, images, masks, threshold):
         "Loss, logits and counts of a batch by the quickest way there is; `None` where it is to be computed plainly"
         loader = self.train_loader if self.phase == "train" else self.val_loader
-        if full_size(loader, self.parts_per_batch) not in (None, len(images)):
+        if full_size(loader, self._parts_now) not in (None, len(images)):
             return None
         key = id(self.model), threshold, torch.is_grad_enabled(), self._kinds()
         if key not in self._ways:

@@ -6,6 +6,7 @@
 __all__ = ['Passes']
 
 # %% ../nbs/16_passes.ipynb #fe0d01d0
+import math
 from contextlib import nullcontext
 
 import torch
@@ -57,15 +58,21 @@ class _Forward(Modes, ResumableState, Gate, Steps):
         return loss, weight, logits, counts
 
 # %% ../nbs/16_passes.ipynb #1dc2fa34
+_SPLIT = {  # Where it was, what is smaller now, and what that means
+    True: ("the training of", "a training batch", "the same gradient for a loss that is a mean over pixels; Dice is taken over each part, and batch norm sees the smaller parts."),
+    False: ("the validation of", "a validation batch", "the same scores, and training goes on as it was; a Dice loss is taken over each part."),
+}
+
+
 class _Fitting(_Forward):
     "Batches in parts that fit into the memory"
 
     def _parts(self, images, masks):
         "A batch in as many parts as the memory asks for, usually one"
         self._batch_images = images.shape[0]
-        if self.parts_per_batch == 1:
+        if (parts := self._parts_now) == 1:
             return ((images, masks),)
-        return zip(images.chunk(self.parts_per_batch), masks.chunk(self.parts_per_batch))
+        return zip(images.chunk(parts), masks.chunk(parts))
 
     def _within_memory(self, one_pass):
         "What a pass over the data returns; where the memory is full, it goes on in smaller parts from the last step boundary"
@@ -78,19 +85,20 @@ class _Fitting(_Forward):
             self._split()
 
     def _may_split(self, error):
-        return is_out_of_memory(error) and self.on_oom == "split" and not self._stepping and self._batch_images > self.parts_per_batch
+        return is_out_of_memory(error) and self.on_oom == "split" and not self._stepping and self._batch_images > self._parts_now
 
     def _split(self):
-        "Back to the boundary, and half the size from here on"
+        "Back to the boundary, and half the size from here on; a validation that is too large leaves the training as it is"
         if not self._at_boundary:
             self._rewind()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.parts_per_batch *= 2
-        size = -(-self._batch_images // self.parts_per_batch)
+        parts, training = 2 * self._parts_now, self.phase == "train"
+        setattr(self, "parts_per_batch" if training else "val_parts_per_batch", parts)
+        where, what, then = _SPLIT[training]
         self._report(
-            f"The memory was full with {self._batch_images} images in batch {self.batch + 1} of epoch {self.current_epoch + 1}. From here on a batch goes "
-            f"through in {self.parts_per_batch} parts of up to {size}: the same gradient, but batch norm sees the smaller parts. "
+            f"The memory was full with {self._batch_images} images in batch {self.batch + 1} of {where} epoch {self.current_epoch + 1}. From here on {what} "
+            f"goes through in {parts} parts of up to {-(-self._batch_images // parts)}: {then} "
             "To avoid that, use a smaller batch_size, crop or image_size; amp='bf16' on a GPU also helps."
         )
 
@@ -184,11 +192,29 @@ class _Training(_Learning):
         if group:
             self._optimizer_step(weights)
 
+# %% ../nbs/16_passes.ipynb #8a61ea9e
+class _Doubting(_Training):
+    "A look at the numbers of a validation"
+
+    def _look_at_validation(self, loss, losses):
+        "Tell a loss that is not finite, if that of the epoch before was, and which images it comes from"
+        before = self.history.rows[-1:]
+        if math.isfinite(loss) or any(not math.isfinite(row["val"].get("loss", 0.0)) for row in before):
+            return
+        bad = torch.stack(losses).isfinite().logical_not().nonzero().flatten().tolist()
+        if not bad:
+            return self._report("No pixel of the validation masks counts: each is ignored, or its class has the weight 0. Look at describe_masks(val_loader).", False)
+        names = self._feed_of("val", self.val_loader).samples(0, bad[0])
+        self._report(
+            f"The validation loss of epoch {self.current_epoch + 1} is {loss}; it comes from {len(bad)} of {len(losses)} batches, first from batch {bad[0] + 1}.{self._sentence(names)} "
+            "Look there for pixels that are NaN or infinite; if there are none, lower the learning rate. By a loss that is no number no epoch can be the best one.", False,
+        )
+
 # %% ../nbs/16_passes.ipynb #bcfe2d9c
 _SAMPLES = 4
 
 
-class Passes(_Training):
+class Passes(_Doubting):
     "A trainer that can do one pass over its data: all of `UNetTrainer` but epochs, runs and endings."
 
     worst = None  # A `thumbnails.WorstSample`, for who wants to see the worst image of each validation
@@ -201,7 +227,7 @@ class Passes(_Training):
 
     def _validate_batches(self):
         "The whole validation set"
-        meter = EpochMeter(self.ignore_index, self.threshold)
+        meter, seen = EpochMeter(self.ignore_index, self.threshold), []
         if self.worst is not None:
             self.worst.begin()
         for images, masks in self._feed(self.val_loader, "val", 0):
@@ -213,10 +239,13 @@ class Passes(_Training):
             if self.worst is not None:
                 self._look_for_worst(meter.threshold, images, masks, parts)
             self.batch += 1
-            self.observers.notify("on_batch_end", self, _mean(losses, weights)[0])
+            seen.append(_mean(losses, weights)[0])
+            self.observers.notify("on_batch_end", self, seen[-1])
         if self.worst is not None:
             self.worst.end(lambda batch: self._feed_of("val", self.val_loader).samples(0, batch))
-        return meter.compute()
+        found = meter.compute()
+        self._look_at_validation(found["loss"], seen)
+        return found
 
     def _look_for_worst(self, threshold, images, masks, parts):
         "Show a batch, in its parts, to the one who looks for the worst image; what the metrics have counted is not counted again"

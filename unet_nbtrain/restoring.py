@@ -156,7 +156,8 @@ class _Putting(_Comparing):
         self._start_batch, self._spent, self._train_metrics = state["batch"], state["seconds"], state["train_metrics"]
         self._train_meter.load_state_dict(state["meter"], self.device)
         self._norms.load_state_dict(state.get("norms", {}), self.device)
-        self.parts_per_batch, self._skipped = max(1, state.get("parts_per_batch", 1)), state.get("skipped", 0)
+        self.parts_per_batch, self.val_parts_per_batch = (max(1, state.get(name, 1)) for name in ("parts_per_batch", "val_parts_per_batch"))
+        self._skipped = state.get("skipped", 0)
         self._bad_steps, self._infinite_at_start = BadSteps(state.get("nonfinite_in_a_row", 0)), list(state.get("infinite_at_start", ()))
         self.history.load_state_dict(state["history"])
         for name, value in state["settings"].items():

@@ -79,8 +79,7 @@ class _Positioned(_Saving):
             "norms": self._norms.state_dict(),
             "seconds": self.epoch_seconds,
             "total_epochs": self.total_epochs,
-            "parts_per_batch": self.parts_per_batch,
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            **{name: getattr(self, name) for name in ("parts_per_batch", "val_parts_per_batch", "nonfinite_in_a_row")},
             "skipped": self._skipped,
             "infinite_at_start": self._infinite_at_start,
         }

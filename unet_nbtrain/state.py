@@ -71,7 +71,7 @@ class _Blank:
         self.averaged = self.val_batch = self._aside = None
         self._norms, self._boundary, self._stepping, self._thread = RunningMean(), None, False, None
         self._losses, self._bad_steps, self._batch_images, self._gone_back, self._images_are_bad = [], BadSteps(), 0, set(), False
-        self.parts_per_batch, self._skipped, self._rollbacks, self._poisoned, self._infinite_at_start = 1, 0, 0, "", []
+        self.parts_per_batch, self.val_parts_per_batch, self._skipped, self._rollbacks, self._poisoned, self._infinite_at_start = 1, 1, 0, 0, "", []
 
 # %% ../nbs/14_state.ipynb #4ab7bcb6
 class _Setup(_Blank):

@@ -153,9 +153,13 @@ class Steps(_Stepping):
         "The names of the images of a training batch, where somebody knows them"
         return []
 
+    @staticmethod
+    def _sentence(names):
+        "The names of the images of a batch, to go behind what is wrong with it"
+        return f" Its images: {', '.join(names[:16])}{', …' if len(names) > 16 else ''}." if names else ""
+
     def _describe_bad_step(self, step, epoch, first, end):
         "Which step it was, and whose images were in it"
         names = [name for batch in range(first, end) for name in self._samples_of(epoch, batch)]
         which = f"batch {first + 1}" if end == first + 1 else f"batches {first + 1} to {end}"
-        images = f" Its images: {', '.join(names[:16])}{', …' if len(names) > 16 else ''}." if names else ""
-        return f"Step {step} (epoch {epoch + 1}, {which}) has a loss or a gradient that is NaN or infinite.{images}"
+        return f"Step {step} (epoch {epoch + 1}, {which}) has a loss or a gradient that is NaN or infinite.{self._sentence(names)}"

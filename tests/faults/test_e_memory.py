@@ -68,12 +68,14 @@ def test_068_the_batch_is_split_and_the_gradient_is_the_same(make, room, parts, 
     roomy, tight = make(Cramped(100), name="roomy", accumulate_gradients=accumulate), make(Cramped(room, where), heard, accumulate_gradients=accumulate)
     for trainer in (roomy, tight):
         trainer.train(2)
-    assert tight.parts_per_batch == parts and tight.global_step == roomy.global_step
+    found = (tight.parts_per_batch, tight.val_parts_per_batch)
+    assert found == ((1, parts) if where == "validation" else (parts, 1)) and tight.global_step == roomy.global_step
     assert torch.allclose(weights(roomy), weights(tight), atol=1e-6)
     for a, b in zip(roomy.history.rows, tight.history.rows):
         assert a["val"]["dice"] == pytest.approx(b["val"]["dice"]) and a["train"]["loss"] == pytest.approx(b["train"]["loss"], abs=1e-6)
     assert len(heard.problems) == (2 if parts == 4 else 1) and "The memory was full with 4 images" in heard.problems[0]
-    assert "batch norm sees the smaller parts" in heard.problems[0] and "batch_size" in heard.problems[0]
+    means = "training goes on as it was" if where == "validation" else "batch norm sees the smaller parts"
+    assert means in heard.problems[0] and "batch_size" in heard.problems[0]
 
 
 def test_068_the_split_is_remembered_and_a_resume_is_exact(make):
@@ -84,6 +86,20 @@ def test_068_the_split_is_remembered_and_a_resume_is_exact(make):
     resumed.train(3, resume="last")
     assert load_file(resumed.checkpoint_dir / "last.pth")["parts_per_batch"] == 2
     assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_068_a_validation_that_does_not_fit_changes_nothing_in_training(make):
+    """Batch norm over one image and one pixel would raise, were training split like the validation"""
+    heard, plain, tight = Heard(), Cramped(100), Cramped(2, "validation")
+    for model in (plain, tight):
+        model.layers[1] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Upsample(32))
+    whole, split = make(plain, name="whole"), make(tight, heard, name="split")
+    whole.train(2)
+    split.train(1)
+    resumed = make(tight, heard, name="split")
+    resumed.train(2, resume="last")
+    assert torch.equal(weights(whole), weights(resumed)) and len(heard.problems) == 1
+    assert load_file(resumed.checkpoint_dir / "last.pth")["val_parts_per_batch"] == 2
 
 
 def test_068_what_cannot_be_split_ends_the_run_and_keeps_it(make):
