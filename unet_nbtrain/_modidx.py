@@ -124,6 +124,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'unet_nbtrain.checkpoint.to_plain': ('checkpoint.html#to_plain', 'unet_nbtrain/checkpoint.py')},
             'unet_nbtrain.checks': { 'unet_nbtrain.checks._all_of': ('checks.html#_all_of', 'unet_nbtrain/checks.py'),
                                      'unet_nbtrain.checks._files': ('checks.html#_files', 'unet_nbtrain/checks.py'),
+                                     'unet_nbtrain.checks._kinds_of_augmentation': ( 'checks.html#_kinds_of_augmentation',
+                                                                                     'unet_nbtrain/checks.py'),
                                      'unet_nbtrain.checks._tell_left_out': ('checks.html#_tell_left_out', 'unet_nbtrain/checks.py'),
                                      'unet_nbtrain.checks.as_seed': ('checks.html#as_seed', 'unet_nbtrain/checks.py'),
                                      'unet_nbtrain.checks.check_criterion': ('checks.html#check_criterion', 'unet_nbtrain/checks.py'),
