@@ -367,3 +367,8 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
 
 
 logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+
+
+def test_a_mode_that_does_nothing_here_is_told(tmp_path, caplog):
+    trained(tmp_path, cuda_graph=True)
+    assert "cuda_graph=True is for CUDA; on cpu" in caplog.text

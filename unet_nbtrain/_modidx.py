@@ -1088,6 +1088,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'unet_nbtrain/modes.py'),
                                     'unet_nbtrain.modes.Modes._computed': ('modes.html#modes._computed', 'unet_nbtrain/modes.py'),
                                     'unet_nbtrain.modes.Modes._release': ('modes.html#modes._release', 'unet_nbtrain/modes.py'),
+                                    'unet_nbtrain.modes.Modes._without_effect': ( 'modes.html#modes._without_effect',
+                                                                                  'unet_nbtrain/modes.py'),
                                     'unet_nbtrain.modes._Candidates': ('modes.html#_candidates', 'unet_nbtrain/modes.py'),
                                     'unet_nbtrain.modes._Candidates._give_up': ('modes.html#_candidates._give_up', 'unet_nbtrain/modes.py'),
                                     'unet_nbtrain.modes._Candidates._kinds': ('modes.html#_candidates._kinds', 'unet_nbtrain/modes.py'),

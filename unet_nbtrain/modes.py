@@ -188,6 +188,16 @@ class Modes(_Quick):
         self._keep_everything()
         self._ways, self._failed = ({} if self.compile != "off" or self.cuda_graph else None), frozenset()
         self._choose_recomputed(compiled=self.compile != "off")
+        if text := self._without_effect():
+            _log.warning("%s", text)
+
+    def _without_effect(self):
+        "A setting that does nothing here, in words"
+        if self.cuda_graph and self.device.type != "cuda":
+            return f"cuda_graph=True is for CUDA; on {self.device} each step is launched as usual."
+        if self.memory_budget is not None and self.compile == "off":
+            return f"memory_budget={self.memory_budget} is for the compiler, and compile is 'off'. Without a compiler checkpoint='auto' saves memory."
+        return ""
 
     def _release(self):
         super()._release()
