@@ -65,7 +65,11 @@ def recompute_parts(
     model: nn.Module,  # Any model
     names: Iterable[str],  # Of submodules, as in `model.named_modules()`
 ) -> None:
-    "From now on these parts keep only their inputs, until `forget_parts`; raises `ValueError` for a name that cannot be meant, before anything is changed."
+    """From now on these parts keep only their inputs, until `forget_parts`; raises `ValueError` for a name that cannot be meant, before anything is changed.
+
+    Not for a part that writes into its own input (`nn.ReLU(inplace=True)` in front: the backward pass raises, since the input is gone), nor
+    for one with `spectral_norm`, whose vectors move with each call: its gradient would be a little off.
+    """
     for part in [_part(model, name) for name in names]:
         part.forward = _again.__get__(part)
 
