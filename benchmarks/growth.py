@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from unet_nbtrain.panel import TrainerPanel
 from unet_nbtrain.trainer import UNetTrainer
 
 from .cases import CASES, Batches, Instant, loader_of, make_batches, one_thread, resident_mb, tell, unseen
 from .pairs import spread
+from .stretches import watched
 from .tables import RESULTS, circumstances, table, write
 
 SHAPES = {"long epochs": (1000, 10), "many short epochs": (200, 2)}  # Training and validation steps
@@ -86,15 +86,7 @@ def run(case):
         train, val = loader_of(Batches(batches, case.train, clock)), loader_of(Batches(batches[::-1], case.val))
         trainer = UNetTrainer(case.model(), train, val, nn.BCEWithLogitsLoss(), device="cpu", run_dir=folder)
         record = Record(case, max(case.epochs // 200, 1), clock)
-        panel = TrainerPanel(trainer=trainer, num_epochs=case.epochs)
-        panel.show()
-        trainer.observers.add(record)
-        try:
-            trainer.start(case.epochs)  # Not `panel.start()`, which wants single images in the data set
-            panel.wait()
-        finally:
-            panel._pump.close()
-            panel._pump.thread.join()
+        watched(trainer, case.epochs, lambda panel: record)
     return record.points
 
 

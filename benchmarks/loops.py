@@ -10,7 +10,7 @@ from unet_nbtrain.loggers import ProgressBar
 from unet_nbtrain.trainer import UNetTrainer
 
 from .cases import NAMES, Counts
-from .stretches import Switch, alternating
+from .stretches import Switch, alternating, watched
 
 STRETCHES = 160  # Of a training in which the panel is at work and still by turns, beside the first one, in which it begins
 
@@ -141,24 +141,9 @@ def ours_loop(work):
 
 def ours_panel(work):
     "The trainer in the background and the panel open: its pump runs and paints, as in a notebook, but there is no browser to send to"
-    _with_panel(work, lambda panel: Marks(work))
+    watched(trainer_of(work), work.epochs, lambda panel: Marks(work))
 
 
 def ours_turned(work):
     "The same, where the panel is at work and still by turns; the marks are those of the stretches, not of the epochs"
-    _with_panel(work, lambda panel: Turns(work, Switch(panel)))
-
-
-def _with_panel(work, observer):
-    from unet_nbtrain.panel import TrainerPanel
-
-    trainer = trainer_of(work)
-    panel = TrainerPanel(trainer=trainer, num_epochs=work.epochs)
-    panel.show()
-    trainer.observers.add(observer(panel))
-    try:
-        trainer.start(work.epochs)  # Not `panel.start()`, which looks at the masks first and wants single images in the data set
-        panel.wait()
-    finally:
-        panel._pump.close()
-        panel._pump.thread.join()
+    watched(trainer_of(work), work.epochs, lambda panel: Turns(work, Switch(panel)))

@@ -45,6 +45,21 @@ def alternating(pairs):
     return [on for pair in range(pairs) for on in ((True, False) if pair % 2 else (False, True))]
 
 
+def watched(trainer, epochs, observer):
+    "A training in the background with the panel open, which is gone afterwards; `observer` makes one more observer, given the panel"
+    from unet_nbtrain.panel import TrainerPanel
+
+    panel = TrainerPanel(trainer=trainer, num_epochs=epochs)
+    panel.show()
+    trainer.observers.add(observer(panel))
+    try:
+        trainer.start(epochs)  # Not `panel.start()`, which looks at the masks first and wants single images in the data set
+        panel.wait()
+    finally:
+        panel._pump.close()
+        panel._pump.thread.join()
+
+
 class Batches:
     """An observer that turns a switch every so many training batches of one long epoch.
 
