@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .event_files import end_thread, shown_points
+from .events import tell_problem
 from .overlays import sample_rows, tile
 from .pace import Pace
 from .records import best_row
@@ -207,6 +208,7 @@ class _Contents(_Pictures):
     def _finish(self, trainer):
         self._show(trainer)
         self._writers["validation"].file_writer.add_summary(self._end)
+        self._close()
 
 
 def _gpu_memory(device):
@@ -216,7 +218,26 @@ def _gpu_memory(device):
     return {"Memory/gpu_peak_GiB": torch.cuda.max_memory_allocated(device) / 2**30}
 
 # %% ../nbs/12_tensorboard_logger.ipynb #e2165f03
-class TensorBoardLogger(_Contents):
+class _Patient(_Contents):
+    "What becomes of a disk that refuses"
+
+    def __init__(self, log_dir):
+        super().__init__(log_dir)
+        self._refused, self._again, self._patience = False, Pace(), 60.0
+
+    def _try(self, trainer, write, *args):
+        "Write; a disk that refuses is told once, and asked again a minute later"
+        try:
+            self._guarded(write, trainer, *args)
+            self._refused = False
+        except OSError as error:
+            self._again.postpone(self._patience)
+            if not self._refused:
+                tell_problem(trainer, f"TensorBoard's files are not written: {error}. The numbers are complete in the history; they are written later if the disk allows it, which is tried each minute.")
+            self._refused = True
+
+# %% ../nbs/12_tensorboard_logger.ipynb #bdf51040
+class TensorBoardLogger(_Patient):
     "Scalars, predictions and settings for TensorBoard, one point an epoch; a resumed run replaces the epochs that it repeats."
 
     def __init__(
@@ -231,7 +252,7 @@ class TensorBoardLogger(_Contents):
         "Open new event files that hide the steps to come from older ones, and write the settings."
         self._pictured = self._last = None
         self._pace.reset()
-        self._guarded(self._begin, trainer)
+        self._try(trainer, self._begin)
 
     def on_epoch_start(self, trainer) -> None:
         "Measure the memory of the epoch afresh."
@@ -241,10 +262,13 @@ class TensorBoardLogger(_Contents):
     def on_epoch_end(self, trainer, row) -> None:
         "Write the numbers of the epoch, a picture if it costs little, and flush."
         if self._writers:
-            self._guarded(self._write_epoch, trainer, row)
+            self._try(trainer, self._write_epoch, row)
+        elif self._refused and self._again.due:
+            self._try(trainer, self._begin)
 
     def on_run_end(self, trainer, reason) -> None:
         "Show the last predictions, say that the run is over, and close the files."
+        if self._refused:
+            self._try(trainer, self._begin)
         if self._writers:
-            self._guarded(self._finish, trainer)
-        self._close()
+            self._try(trainer, self._finish)
