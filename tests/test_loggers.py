@@ -272,42 +272,52 @@ def test_a_real_run_and_its_resume(tmp_path, one_thread):
 FULL_DISK = """
 import logging, resource, signal, sys, threading
 sys.path.insert(0, sys.argv[2])
-from test_loggers import Observers, TensorBoardLogger, Trainer, row
+from test_loggers import Observers, TensorBoardLogger, Told, Trainer, row, steps
 logging.disable(logging.CRITICAL)
 threading.excepthook = lambda args: None
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 trainer, before = Trainer(), set(threading.enumerate())
-observers = Observers([TensorBoardLogger(sys.argv[1])])
+trainer.observers = observers = Observers([TensorBoardLogger(sys.argv[1]), told := Told()])
 observers.notify("on_run_start", trainer)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
+most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2500, most[1]))
 for epoch in range(1, 60):
     trainer.history.append(row(epoch))
     observers.notify("on_epoch_end", trainer, row(epoch))
-    if not len(observers):
-        break
+    if told.problems and sys.argv[3] == "free":
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
 observers.notify("on_run_end", trainer, "done")
 left = set(threading.enumerate()) - before
-sys.exit(10 + (epoch > 2) + 2 * len(left) + 8 * len(observers))
+assert len(observers) == 2 and not left and len(told.problems) == 1 and "tried each minute" in told.problems[0], (told.problems, left)
+if sys.argv[3] == "free":
+    assert steps(sys.argv[1]) == list(range(1, 60))
 """
 
 
+class Told:
+    def __init__(self):
+        self.problems = []
+
+    def on_problem(self, trainer, text):
+        self.problems.append(text)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files")
-def test_a_full_disk_switches_the_logger_off_and_leaves_no_thread(tmp_path):
-    "The files may not grow past 2,500 bytes: the error reaches the observers' list, which goes on without the logger"
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path), os.path.dirname(__file__)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 11, (done.returncode, done.stderr)
+@pytest.mark.parametrize("later", ["full", "free"])
+def test_a_full_disk_is_told_once_and_asked_again(tmp_path, later):
+    "The files may not grow past 2,500 bytes: no thread is left, and where there is room again at the end of the run, nothing is missing"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path), os.path.dirname(__file__), later], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     before, trainer = set(threading.enumerate()), Trainer()
-    observers = Observers([TensorBoardLogger(tmp_path / "file")])
-    logging.disable(logging.CRITICAL)
-    try:
-        observers.notify("on_run_start", trainer)
-    finally:
-        logging.disable(logging.NOTSET)
-    assert not len(observers) and set(threading.enumerate()) == before
+    trainer.observers = observers = Observers([TensorBoardLogger(tmp_path / "file"), told := Told()])
+    observers.notify("on_run_start", trainer)
+    observers.notify("on_epoch_end", trainer, row(1))
+    observers.notify("on_run_end", trainer, "done")
+    assert len(observers) == 2 and len(told.problems) == 1 and set(threading.enumerate()) == before
 
 
 KILLED = """
