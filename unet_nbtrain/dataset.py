@@ -68,9 +68,10 @@ class _Prepared(StoredPairs):
         return image, mask
 
     def _changed(self, index, image, mask):
-        "Image and mask as tensors, augmented"
+        "An image as a tensor and a mask as an array, both as tensors, augmented; an augmentation that is not ours gets a mask of its own"
         if self.augment is None:
-            return image, mask
+            return image, torch.from_numpy(mask)
+        mask = torch.from_numpy(mask if type(self.augment) is AugmentationPipeline else mask.copy())
         return self.augment(image, mask, derive_seed(self.seed, "augment", getattr(index, "epoch", 0), index))
 
 # %% ../nbs/07_dataset.ipynb #8781e21a
@@ -99,7 +100,7 @@ class _WholeBatches(_Prepared):
         images = torch.empty(len(keys), channels, *size, pin_memory=pin)
         masks = torch.empty(len(keys), *shape, dtype=dtype, pin_memory=pin)
         for key, (pixels, labels), image, mask in zip(keys, pairs, images, masks, strict=True):
-            changed, labels = self._changed(key, prepare_image(pixels, out=image), torch.from_numpy(labels))
+            changed, labels = self._changed(key, prepare_image(pixels, out=image), labels)
             mask.copy_(labels)
             if changed is not image:
                 image.copy_(changed)
@@ -146,7 +147,7 @@ class SegmentationDataset(_WholeBatches):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Image float32 (C, H, W); mask float32 (1, H, W) for one class, int64 (H, W) for several"
         image, mask = self._window(index)
-        image, mask = self._changed(index, prepare_image(image), torch.from_numpy(mask))
+        image, mask = self._changed(index, prepare_image(image), mask)
         return normalize_image(image, self.mean, self.std), mask[None].float() if self.n_classes == 1 else mask.long()
 
 # %% ../nbs/07_dataset.ipynb #4ef5fb58
