@@ -322,6 +322,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'unet_nbtrain/data_options.py'),
                                            'unet_nbtrain.data_options.as_statistics': ( 'data_options.html#as_statistics',
                                                                                         'unet_nbtrain/data_options.py'),
+                                           'unet_nbtrain.data_options.as_values': ( 'data_options.html#as_values',
+                                                                                    'unet_nbtrain/data_options.py'),
                                            'unet_nbtrain.data_options.check_options': ( 'data_options.html#check_options',
                                                                                         'unet_nbtrain/data_options.py'),
                                            'unet_nbtrain.data_options.check_sizes': ( 'data_options.html#check_sizes',

@@ -18,7 +18,7 @@ from .augmentation import AugmentationPipeline
 from .batch_augmentation import BatchAugmentation
 from .core import derive_seed
 from .crops import RandomCrop, class_places
-from .data_options import as_class_names, as_pipeline, as_plain, as_statistics, check_options, check_sizes, common_channels
+from .data_options import as_class_names, as_pipeline, as_plain, as_statistics, as_values, check_options, check_sizes, common_channels
 from .demo_data import draw_cells
 from .file_names import relative_names
 from .image_files import check_foreground, read_header, read_pair_header
@@ -245,7 +245,7 @@ def create_dataloaders(
     headers = [_checked_header(*pair) for pair in pairs]
     sizes, n_channels = [resize or header[:2] for header in headers], common_channels({header.channels for header in headers})
     as_statistics(normalize, n_channels)
-    check_foreground([mask for _, mask in pairs], foreground, colors)
+    check_foreground([mask for _, mask in pairs], as_values(foreground), colors)
     crops, margin = window and RandomCrop(window, foreground_crops, ignore_index), common_size(pad, sizes)
     check_sizes([sizes[i] for i in parts[0]], batch_size, window or margin)
     options |= dict(n_channels=n_channels, cache=choose_place(headers, resize, [image for image, _ in pairs]) if str(cache) == "auto" else cache)

@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .core import split_batch
-from .data_options import check_options
+from .data_options import as_values, check_options
 from .file_names import JPEG_EXTENSIONS
 from .image_files import check_values, count_values, read_image, read_labels, read_pair_header
 from .mask_picture import thumbnail
@@ -192,7 +192,7 @@ def describe_masks(
     beyond the classes, a file that is not a mask.
     """
     _check_arguments(images_or_loader, masks, n_classes, foreground, ignore_index, colors, limit)
-    wanted = None if foreground is None else [int(v) for v in np.atleast_1d(np.array(foreground))]
+    wanted = None if foreground is None else [int(v) for v in np.atleast_1d(np.array(as_values(foreground)))]
     task = _Task(n_classes, wanted, ignore_index)
     if masks is None:
         source, class_names = _data_source(images_or_loader, task, class_names, limit)

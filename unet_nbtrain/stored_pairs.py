@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 from torch.utils.data import Dataset
 
-from .data_options import as_plain, common_channels
+from .data_options import as_plain, as_values, common_channels
 from .image_cache import DiskCache, MemoryStore, decoded_size, entry_key, free_memory
 from .image_files import ImageHeader, read_header, read_image, read_mask
 from .transforms import as_size, resize_pair
@@ -85,7 +85,7 @@ class _Sources(Dataset):
         if len(images) != len(masks) or not len(images):
             raise ValueError(f"{len(images)} images, {len(masks)} masks: there must be as many masks as images, and at least one.")
         self.images, self.masks, self.image_size = list(images), list(masks), as_size(image_size, "image_size")
-        self.n_classes, self.foreground, self.ignore_index, self.colors = n_classes, foreground, ignore_index, colors
+        self.n_classes, self.foreground, self.ignore_index, self.colors = n_classes, as_values(foreground), ignore_index, colors
         self.n_channels = n_channels or common_channels({read_header(o).channels for o in self.images})
         self.names = list(names or (o.name if isinstance(o, Path) else str(i) for i, o in enumerate(self.images)))
         self._memory, self._disk, self._decides, self._found = None, None, "", 0
