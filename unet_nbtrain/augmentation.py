@@ -132,13 +132,15 @@ def _factor(u, limit):
 
 
 def _check_pair(image, mask, ignore_index):
-    "Raise `ValueError` unless image (C, H, W) is float, mask is (H, W) or (1, H, W) of the same size, and its dtype can hold the label"
+    "Raise `ValueError` unless image (C, H, W) is float, mask is (H, W) or (1, H, W) of the same size, and its dtype and float32 can hold the label"
     if image.ndim != 3 or not image.is_floating_point():
         raise ValueError(f"image must be a float tensor (C, H, W); this one is {image.dtype} {tuple(image.shape)}.")
     if mask.shape not in (image.shape[-2:], (1, *image.shape[-2:])):
         raise ValueError(
             f"mask must be (H, W) or (1, H, W) with the image's H and W {tuple(image.shape[-2:])}; this one is {tuple(mask.shape)}."
         )
+    if ignore_index is not None and abs(int(ignore_index)) > 2**24:
+        raise ValueError(f"ignore_index={ignore_index}: masks are bent as 32-bit floats, which are exact up to {2**24}. Use a value nearer to 0, such as 255 or -1.")
     if ignore_index is not None and int(torch.full((), ignore_index).to(mask.dtype)) != ignore_index:
         raise ValueError(f"ignore_index={ignore_index} does not fit in a mask of {mask.dtype}. Convert the mask to torch.int64.")
 

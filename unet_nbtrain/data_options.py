@@ -45,6 +45,7 @@ def check_options(
         (num_workers is None or _whole(num_workers, 0) and num_workers <= _MOST_WORKERS, f"num_workers={num_workers!r}: use None, 0, or a number of processes up to {_MOST_WORKERS}."),
         (_whole(seed), f"seed={seed!r}: use a whole number."),
         (ignore_index is None or _whole(ignore_index), f"ignore_index={ignore_index!r}: use one value of the masks, such as 255, or None."),
+        (not _whole(ignore_index) or abs(int(ignore_index)) <= 2**24, f"ignore_index={ignore_index!r}: masks pass through 32-bit floats, which are exact up to {2**24}. Use a value nearer to 0, such as 255 or -1, here and in the masks."),
         (foreground is None or _are_values(foreground), f"foreground={foreground!r}: use a value of the masks, such as 255, or a list or range of values, or None."),
         (foreground is None or one_class, f"foreground={foreground!r} is for n_classes=1; with n_classes={n_classes!r} the masks hold class indices."),
         (not one_class or not _whole(ignore_index) or ignore_index not in (0, 1), f"ignore_index={ignore_index!r} with one class, where 0 and 1 are background and foreground. Use another value."),
