@@ -158,6 +158,44 @@ def test_a_disk_that_refuses_ends_nothing(folders, tmp_path, monkeypatch, caplog
     assert not (tmp_path / "cache").is_dir() or list((tmp_path / "cache").iterdir()) == []
 
 
+def kept_in(cache, folders):
+    "A data set of all thirteen images that keeps them in a folder"
+    return SegmentationDataset(*([folder / f"{i}.png" for i in range(13)] for folder in folders), cache=cache)
+
+
+def test_a_cache_that_may_only_be_read_is_used(folders, tmp_path, decodings, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    wanted, missing = list(kept_in(tmp_path / "cache", folders)), kept_in(tmp_path / "cache", folders)._key(3)
+    for target in ("os.utime", "os.unlink", "pathlib.Path.unlink", "os.replace"):
+        monkeypatch.setattr(target, refuse)
+    monkeypatch.setattr("os.access", lambda path, mode: mode == os.R_OK)
+    decodings()
+    with caplog.at_level(logging.WARNING):
+        full = kept_in(tmp_path / "cache", folders)
+        assert full.cached and "(13 of 13 are there)" in full.whereabouts
+        assert same(list(full), wanted) and decodings() == 0 and not caplog.records
+        (tmp_path / "cache" / f"{missing}.unetimg").rename(tmp_path / "elsewhere")
+        lacking = kept_in(tmp_path / "cache", folders)
+        assert not lacking.cached and "(12 of 13 are there)" in lacking.whereabouts
+        assert same(list(lacking), wanted) and same(list(lacking), wanted) and decodings() == 2
+    assert len(caplog.records) == 1 and "it is read-only here. Training goes on, and decodes again what is not there." in caplog.text
+
+
+def test_entries_of_others_are_used_and_new_ones_kept(folders, tmp_path, decodings, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    wanted = list(kept_in(tmp_path / "cache", folders))
+    sorted((tmp_path / "cache").iterdir())[3].unlink()
+    monkeypatch.setattr("os.utime", refuse)
+    decodings()
+    assert same(list(kept_in(tmp_path / "cache", folders)), wanted) and decodings() == 1
+    again = kept_in(tmp_path / "cache", folders)
+    assert again.cached and same(list(again), wanted) and decodings() == 0 and not caplog.records
+
+
 def fill(folders, cache, results):
     "What a process sees of two epochs, by its sums; run in a process of its own"
     loader = train_loader(folders, cache=cache)

@@ -136,16 +136,14 @@ _MAGIC, _HEAD = b"unetimg1", struct.Struct("<8sII")
 
 def _packed(key, arrays):
     "The parts of a file, in order"
-    described, at = [], 0
+    described, body, at = [], [], 0
     for array in arrays:
         described.append((array.dtype.str, array.shape, at))
+        body += [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, bytes(-array.nbytes % _ALIGN)]
         at += -(-array.nbytes // _ALIGN) * _ALIGN
     text = json.dumps(described).encode()
     text += b" " * (-(_HEAD.size + len(text)) % _ALIGN)
-    body = [text]
-    for array in arrays:
-        body += [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, bytes(-array.nbytes % _ALIGN)]
-    return [_HEAD.pack(_MAGIC, _sum(key, body), len(text)), *body]
+    return [_HEAD.pack(_MAGIC, _sum(key, [text, *body]), len(text)), text, *body]
 
 
 def _sum(key, parts):
@@ -187,14 +185,12 @@ class _Folder:
         found = {}
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                try:
+                with suppress(OSError):
                     about = entry.stat()
                     if _NAME.fullmatch(entry.name):
                         found[Path(entry.path)] = about.st_mtime, about.st_size
                     elif entry.name.startswith(".unetimg-") and time.time() - about.st_mtime > _ABANDONED:
                         os.unlink(entry.path)
-                except FileNotFoundError:
-                    continue
         return found
 
     def _path(self, key):
@@ -203,7 +199,7 @@ class _Folder:
     def _close(self, reason):
         "Write nothing from here on, and say so"
         if not self._closed:
-            _log.warning("Decoded images are no longer written to %s: %s. Training goes on and decodes them again.", self.folder, reason)
+            _log.warning("Decoded images are no longer written to %s: %s. Training goes on, and decodes again what is not there.", self.folder, reason)
         self._closed = True
 
 # %% ../nbs/05_image_cache.ipynb #cc38ba7e
@@ -219,19 +215,23 @@ class _Limited(_Folder):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             entries, wanted = self._entries(), {self._path(key) for key in keys if key}
-            found = wanted & entries.keys()
-            others, now = sorted((used, bytes_, path) for path, (used, bytes_) in entries.items() if path not in wanted), time.time()
-            for path in found:
-                os.utime(path)
-            self._size = sum(bytes_ for _, bytes_ in entries.values())
-            coming = size * (len(wanted) - len(found)) // max(1, len(wanted))
-            for used, bytes_, path in others:
-                if self._size + coming > self.limit or now - used > _UNUSED:
-                    path.unlink(missing_ok=True)
-                    self._size -= bytes_
         except OSError as error:
             self._close(error)
             return 0
+        found = wanted & entries.keys()
+        others, now = sorted((used, bytes_, path) for path, (used, bytes_) in entries.items() if path not in wanted), time.time()
+        for path in found:
+            with suppress(OSError):
+                os.utime(path)
+        self._size = sum(bytes_ for _, bytes_ in entries.values())
+        coming = size * (len(wanted) - len(found)) // max(1, len(wanted))
+        for used, bytes_, path in others:
+            if self._size + coming > self.limit or now - used > _UNUSED:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+                    self._size -= bytes_
+        if len(found) < len(wanted) and not os.access(self.folder, os.W_OK | os.X_OK):
+            self._close("it is read-only here")
         return len(found)
 
     def _has_room(self, size):
