@@ -196,6 +196,23 @@ def test_entries_of_others_are_used_and_new_ones_kept(folders, tmp_path, decodin
     assert again.cached and same(list(again), wanted) and decodings() == 0 and not caplog.records
 
 
+@needs_workers
+def test_too_many_open_files_cost_no_entry(folders, tmp_path, decodings, caplog):
+    import resource
+
+    wanted, data = list(kept_in(tmp_path / "cache", folders)), kept_in(tmp_path / "cache", folders)
+    entries, limits, keys = sorted((tmp_path / "cache").iterdir()), resource.getrlimit(resource.RLIMIT_NOFILE), [data._key(i) for i in range(13)]
+    decodings()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        found = [data._disk.get(key) for key in keys]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found == [None] * 13 and sorted((tmp_path / "cache").iterdir()) == entries
+    assert len(caplog.records) == 1 and "cannot be opened (Too many open files). It stays there" in caplog.text
+    assert same(list(data), wanted) and decodings() == 0
+
+
 def fill(folders, cache, results):
     "What a process sees of two epochs, by its sums; run in a process of its own"
     loader = train_loader(folders, cache=cache)

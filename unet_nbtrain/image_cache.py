@@ -175,7 +175,7 @@ class _Folder:
         reserve: int = _RESERVE,  # Bytes of the disk that are left to others
     ):
         self.folder, self.limit, self.reserve = Path(folder or cache_folder()), limit, reserve
-        self._size, self._written, self._open, self._closed, self._told = 0, 0, {}, False, False
+        self._size, self._written, self._open, self._closed, self._told = 0, 0, {}, False, set()
 
     def __getstate__(self):
         return {**self.__dict__, "_open": {}}
@@ -198,9 +198,14 @@ class _Folder:
 
     def _close(self, reason):
         "Write nothing from here on, and say so"
-        if not self._closed:
-            _log.warning("Decoded images are no longer written to %s: %s. Training goes on, and decodes again what is not there.", self.folder, reason)
+        self._warn("Decoded images are no longer written to %s: %s. Training goes on, and decodes again what is not there.", self.folder, reason)
         self._closed = True
+
+    def _warn(self, text, *about):
+        "Say something for the first time"
+        if text not in self._told:
+            _log.warning(text, *about)
+        self._told.add(text)
 
 # %% ../nbs/05_image_cache.ipynb #cc38ba7e
 class _Limited(_Folder):
@@ -218,7 +223,7 @@ class _Limited(_Folder):
         except OSError as error:
             self._close(error)
             return 0
-        found = wanted & entries.keys()
+        found = {path for path in wanted & entries.keys() if os.access(path, os.R_OK)}
         others, now = sorted((used, bytes_, path) for path, (used, bytes_) in entries.items() if path not in wanted), time.time()
         for path in found:
             with suppress(OSError):
@@ -265,9 +270,12 @@ class DiskCache(_Limited):
                 arrays = _unpacked(key, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, struct.error) as error:
-            self._discard(path, error)
-            return None
+        except OSError as error:
+            return self._warn("%s cannot be opened (%s). It stays there, and its image is decoded again, which only takes longer.", path, error.strerror)
+        except (ValueError, TypeError, struct.error) as error:
+            with suppress(OSError):
+                path.unlink()
+            return self._warn("%s is damaged (%s). It is removed, and its image is decoded again.", path, error)
         if len(self._open) < _MAPS:
             self._open[key] = arrays
         return arrays
@@ -290,11 +298,3 @@ class DiskCache(_Limited):
             self._close(error)
             with suppress(OSError):
                 temporary.unlink()
-
-    def _discard(self, path, error):
-        "Remove a damaged entry; say so once"
-        if not self._told:
-            _log.warning("%s is damaged (%s). It is removed, and its image is decoded again.", path, error)
-        self._told = True
-        with suppress(OSError):
-            path.unlink()
