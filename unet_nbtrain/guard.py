@@ -6,6 +6,7 @@
 __all__ = ['Verdict', 'FiniteGuard', 'BadSteps', 'is_out_of_memory']
 
 # %% ../nbs/12_guard.ipynb #d607b170
+import re
 from collections.abc import Iterable
 from operator import is_not
 from typing import NamedTuple
@@ -271,13 +272,13 @@ class BadSteps(_Noted):
         return bad
 
 # %% ../nbs/12_guard.ipynb #5c1106a1
-_FULL = ("can't allocate memory", "out of memory")
+_FULL = re.compile(r"can't allocate memory|out of memory|bad_alloc|could not (create a memory object|(create|execute) a primitive(?! descriptor))")
 
 
 def is_out_of_memory(
     error: BaseException,  # What a step raised
 ) -> bool:
-    "Whether an error says that the memory of the device, or of the machine, is full."
+    "Whether an error says, or most likely means, that the memory of the device, or of the machine, is full."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+    return isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
