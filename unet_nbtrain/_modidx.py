@@ -1337,6 +1337,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unet_nbtrain.process._asked': ('process.html#_asked', 'unet_nbtrain/process.py'),
                                       'unet_nbtrain.process._hand_over_soon': ('process.html#_hand_over_soon', 'unet_nbtrain/process.py'),
                                       'unet_nbtrain.process._keep_freed': ('process.html#_keep_freed', 'unet_nbtrain/process.py'),
+                                      'unet_nbtrain.process.give_back': ('process.html#give_back', 'unet_nbtrain/process.py'),
                                       'unet_nbtrain.process.kept_memory': ('process.html#kept_memory', 'unet_nbtrain/process.py'),
                                       'unet_nbtrain.process.quick_handover': ('process.html#quick_handover', 'unet_nbtrain/process.py')},
             'unet_nbtrain.quick_step': { 'unet_nbtrain.quick_step._gathered': ('quick_step.html#_gathered', 'unet_nbtrain/quick_step.py'),

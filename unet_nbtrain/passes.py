@@ -16,6 +16,7 @@ from .epoch import EpochMeter, batch_weight, loss_weights
 from .gate import Gate
 from .guard import is_out_of_memory
 from .modes import Modes
+from .process import give_back
 from .saving import ResumableState
 from .steps import RolledBack, Steps
 
@@ -93,6 +94,8 @@ class _Fitting(_Forward):
             self._rewind()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            give_back()
         parts, training = 2 * self._parts_now, self.phase == "train"
         setattr(self, "parts_per_batch" if training else "val_parts_per_batch", parts)
         where, what, then = _SPLIT[training]

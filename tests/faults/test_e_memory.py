@@ -10,7 +10,7 @@ import torch
 from heard import Heard
 from torch import nn
 
-from unet_nbtrain import UNet, UNetTrainer, create_optimizer, demo_dataloaders
+from unet_nbtrain import UNet, UNetTrainer, create_optimizer, demo_dataloaders, passes
 from unet_nbtrain.checkpoint import load_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +58,15 @@ def make(tmp_path):
 def weights(trainer):
     state = load_file(trainer.checkpoint_dir / "last.pth")
     return torch.cat([tensor.flatten() for tensor in state["model_state_dict"].values()])
+
+
+def test_068_what_was_freed_goes_back_to_the_system(make, monkeypatch):
+    """A training that keeps its memory would leave none for oneDNN, which maps its code by itself"""
+    given = []
+    monkeypatch.setattr(passes, "give_back", lambda: given.append(tight.parts_per_batch))
+    tight = make(Cramped(1))
+    tight.train(1)
+    assert given == [1, 2]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
