@@ -115,13 +115,33 @@ def test_068_what_cannot_be_split_ends_the_run_and_keeps_it(make):
     trainer = make(Cramped(0), name="none")
     with pytest.raises(torch.OutOfMemoryError, match="no room for 1 images"):
         trainer.train(1)
-    assert trainer.run.state == "failed" and load_file(trainer.checkpoint_dir / "last.pth")["global_step"] == 0
+    saved = load_file(trainer.checkpoint_dir / "last.pth")
+    assert trainer.run.state == "failed" and saved["global_step"] == 0 and saved["parts_per_batch"] == trainer.parts_per_batch == 1
     trainer.model.room = 100
-    assert len(trainer.train(1)) == 1
+    assert len(trainer.train(1)) == 1 and trainer.parts_per_batch == 1
     strict = make(Cramped(2), name="strict", on_oom="raise")
     with pytest.raises(torch.OutOfMemoryError, match="no room for 4 images"):
         strict.train(1)
     assert strict.parts_per_batch == 1
+
+
+@pytest.mark.parametrize("room, parts", [(2, 2), (0, 1)])
+def test_068_the_words_of_onednn_may_mean_a_full_memory(make, room, parts):
+    """It does not say why it could not create a primitive: if smaller parts do not help, its own error ends the run"""
+
+    class Wordless(Cramped):
+        def forward(self, images):
+            if len(images) > self.room:
+                raise RuntimeError("could not create a primitive")
+            return super().forward(images)
+
+    trainer = make(Wordless(room))
+    if room:
+        assert len(trainer.train(1)) == 1
+    else:
+        with pytest.raises(RuntimeError, match="^could not create a primitive$"):
+            trainer.train(1)
+    assert trainer.parts_per_batch == parts
 
 
 def test_068_in_the_optimizer_s_own_step(make):
