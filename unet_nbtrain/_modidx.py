@@ -2153,6 +2153,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'unet_nbtrain.trial._Trying._is_calm': ('trial.html#_trying._is_calm', 'unet_nbtrain/trial.py'),
                                     'unet_nbtrain.trial._Trying._sweep_rates': ('trial.html#_trying._sweep_rates', 'unet_nbtrain/trial.py'),
                                     'unet_nbtrain.trial._Trying._tell': ('trial.html#_trying._tell', 'unet_nbtrain/trial.py'),
+                                    'unet_nbtrain.trial._picked': ('trial.html#_picked', 'unet_nbtrain/trial.py'),
                                     'unet_nbtrain.trial._steepest': ('trial.html#_steepest', 'unet_nbtrain/trial.py'),
                                     'unet_nbtrain.trial.find_rate': ('trial.html#find_rate', 'unet_nbtrain/trial.py'),
                                     'unet_nbtrain.trial.no_trace': ('trial.html#no_trace', 'unet_nbtrain/trial.py'),

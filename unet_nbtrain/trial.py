@@ -15,20 +15,34 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from .core import dataset_attribute, length_of, move, split_batch
 from .epoch import check_batch
 from .samples import Randomness
+from .sampling import ResumableBatchSampler
 from .text import format_duration, format_rate, short_number
 from .widgets import free_clicks, widgets
 
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/16_trial.ipynb #34fa79c8
+def _picked(loader, count, whole):
+    "The indices of a few batches, as the loader would ask its data set for them"
+    sampler, total = loader.sampler if whole else getattr(loader, "batch_sampler", None), len(loader.dataset)
+    if type(sampler) not in ((SequentialSampler, RandomSampler) if whole else (BatchSampler, ResumableBatchSampler, type(None))):
+        with Randomness(sampler).kept():
+            return list(islice(iter(sampler), count))
+    size = 1 if whole else getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or 1
+    starts = np.linspace(0, max(total - size, 0), min(count, max(total // size, 1))).astype(int).tolist()
+    return starts if whole else [range(start, min(start + size, total)) for start in starts]
+
+
 def some_batches(
     loader: Iterable,  # A `DataLoader`, or a list of batches
     count: int = 1,  # How many
@@ -37,11 +51,11 @@ def some_batches(
     if isinstance(loader, (list, tuple)):
         return list(loader[:count])
     dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-    if collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    is_stream = isinstance(dataset, IterableDataset) or any(isinstance(getattr(loader, name, None), Iterator) for name in ("sampler", "batch_sampler"))
+    if collate is None or is_stream or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise TypeError(f"A {type(loader).__name__} can only be read from front to end, so there is no batch to try without using it up.")
-    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 1
-    starts = np.linspace(0, max(len(dataset) - size, 0), min(count, max(len(dataset) // size, 1))).astype(int)
-    return [collate([dataset[int(i)] for i in range(start, min(start + size, len(dataset)))]) for start in starts]
+    whole = getattr(loader, "batch_sampler", loader) is None
+    return [collate(dataset[picked] if whole else [dataset[index] for index in picked]) for picked in _picked(loader, count, whole)]
 
 # %% ../nbs/16_trial.ipynb #30884887
 @contextmanager
