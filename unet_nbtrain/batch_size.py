@@ -27,9 +27,10 @@ from .ways import searched_kernels
 def largest_that(
     fits: Callable[[int], bool],  # Whether a size fits; if one does not, no larger one does
     most: int,  # The largest to be tried
-) -> int:  # 0 if not even 1 fits
-    "The largest size from 1 to `most` that fits, by doubling and then halving the range."
-    good, size = 0, 1
+    least: int = 1,  # The smallest
+) -> int:  # `least - 1` if not even that fits
+    "The largest size from `least` to `most` that fits, by doubling and then halving the range."
+    good, size = least - 1, least
     while size <= most and fits(size):
         good, size = size, size * 2
     bad = min(size, most + 1)
@@ -46,6 +47,7 @@ class Tried(NamedTuple):
     fits: bool  # Whether a step went through
     rate: float = math.nan  # Images a second; NaN if it does not fit
     memory: int = 0  # Peak bytes of the card during a step; 0 without one
+    why: str = ""  # What a step raised for lack of memory
 
 
 class _Sized:
@@ -131,15 +133,16 @@ def try_size(
 ) -> Tried:
     "Real training steps with a copy of everything; raises what a training would raise, but for lack of memory."
     _clear(trainer.device)
+    why = ""
     try:
         seconds, memory = _steps(trainer, sample, size, steps)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        seconds, memory = math.nan, 0
+        seconds, memory, why = math.nan, 0, f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
     _clear(trainer.device)
     fits = math.isfinite(seconds) and memory <= limit
-    return Tried(size, fits, size / seconds if fits else math.nan, memory)
+    return Tried(size, fits, size / seconds if fits else math.nan, memory, why)
 
 # %% ../nbs/18_batch_size.ipynb #d7177aae
 _AS_FAST = 0.97
@@ -151,12 +154,19 @@ class AutoBatch(NamedTuple):
     fastest: int  # The smallest size within 3 % of the best speed
     largest: int  # That fits
     tried: tuple[Tried, ...]  # The sizes that were timed, rising
+    most: int | None = None  # How far the search was to go
 
     def __str__(self) -> str:
         rows = [[str(t.size), f"{t.rate:.1f}", f"{t.memory / 1e9:.2f}" if t.memory else "–"] for t in self.tried]
-        return f"{text_table(['batch', 'images/s', 'GB'], rows)}\nThe largest batch that fits has {self.largest} images; take batch_size={self.fastest}, which is as fast as any."
+        return f"{text_table(['batch', 'images/s', 'GB'], rows)}\n{self._limit()}; take batch_size={self.fastest}, which is as fast as any."
 
+    def _limit(self):
+        images = "1 image" if self.largest == 1 else f"{self.largest} images"
+        if self.largest == self.most:
+            return f"A batch of {images} fits, and larger ones were not to be tried (most={self.most})"
+        return f"The largest batch that fits has {images}"
 
+# %% ../nbs/18_batch_size.ipynb #a6b9fcd0
 def _free(device, headroom):
     "Bytes of the card that a training may take: what is free and what PyTorch holds already, less a share"
     if device.type != "cuda":
@@ -173,26 +183,43 @@ def auto_batch(
 ) -> AutoBatch:
     """Find the largest and the fastest batch for a trainer as it is set up. Nothing of it changes, and no memory stays taken.
 
-    Raises `ValueError` on a device that has no memory of its own and without `most`, and `RuntimeError` during a run or if not even one image fits.
+    Raises `ValueError` on a device that has no memory of its own and without `most`, and for a loader without a batch size; `RuntimeError` during a run or if not even one image fits.
     """
     if trainer.run is not None and not trainer.run.ended:
         raise RuntimeError(f"This trainer is {trainer.run.state}. Look for a batch size before the run.")
     if trainer.device.type != "cuda" and most is None:
         raise ValueError("The CPU has no memory of its own that could be filled, so there is no largest batch. To compare speeds, say how far: auto_batch(trainer, most=32).")
+    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise ValueError(f"most={most!r}: use a whole number of images, at least 1, or leave it out on a graphics card.")
+    if getattr(trainer.train_loader, "batch_sampler", trainer.train_loader) is None:
+        raise ValueError("The train_loader has batch_size=None: its data set or its sampler makes the batches, so there is no batch_size to look for. Change their size there, or give a loader that joins single images.")
     with no_trace(trainer.device), searched_kernels([], not trainer.deterministic):
         sample = split_batch(some_batches(trainer.train_loader)[0])
         limit = _free(trainer.device, headroom)
-        return _search(trainer, sample, most or 512, limit)
+        return _search(trainer, sample, 512 if most is None else most, limit)
+
+
+def _first(trainer, sample, most, limit):
+    "The smallest size that can be trained, tried: 1, or 2 for a model that takes no single image"
+    try:
+        return try_size(trainer, sample, 1, limit)
+    except ValueError:
+        if most == 1:
+            raise
+    return try_size(trainer, sample, 2, limit)
 
 
 def _search(trainer, sample, most, limit):
     "The largest size, tried twice, and the speeds below it"
-    largest = largest_that(lambda size: try_size(trainer, sample, size, limit).fits, most)
-    while largest and not try_size(trainer, sample, largest, limit, 2).fits:
+    first = _first(trainer, sample, most, limit)
+    least = first.size
+    largest = largest_that(lambda size: first.fits if size == least else try_size(trainer, sample, size, limit).fits, most, least)
+    while largest >= least and not try_size(trainer, sample, largest, limit, 2).fits:
         largest -= max(1, largest // 16)
-    if not largest:
-        raise RuntimeError("Not even one image fits into the memory. Use smaller images or crops, amp='bf16', or checkpoint='sliced'.")
-    sizes = sorted({largest, *(2**k for k in range(10) if 2**k <= largest)})
+    if largest < least:
+        images = "one image fits" if least == 1 else "two images fit, and this model cannot be trained on one"
+        raise RuntimeError(f"Not even {images}, it seems ({first.why or 'the memory is too small'}). Use smaller images or crops, amp='bf16', or checkpoint='sliced'.")
+    sizes = sorted({largest, *(2**k for k in range(10) if least <= 2**k <= largest)})
     timed = [t for t in (try_size(trainer, sample, size, limit, 3) for size in sizes) if t.fits]
     best = max(t.rate for t in timed)
-    return AutoBatch(next(t.size for t in timed if t.rate >= _AS_FAST * best), largest, tuple(timed))
+    return AutoBatch(next(t.size for t in timed if t.rate >= _AS_FAST * best), largest, tuple(timed), most)
