@@ -77,13 +77,14 @@ class _Fitting(_Forward):
 
     def _within_memory(self, one_pass):
         "What a pass over the data returns; where the memory is full, it goes on in smaller parts from the last step boundary"
-        parts = self.parts_per_batch
+        before = self.parts_per_batch, self.val_parts_per_batch
         while True:
             try:
                 return one_pass()
             except (RuntimeError, MemoryError) as error:
                 if not self._may_split(error):
-                    self.parts_per_batch = parts if is_out_of_memory(error) else self.parts_per_batch
+                    if is_out_of_memory(error):
+                        self.parts_per_batch, self.val_parts_per_batch = before
                     raise
             self._split()
 
