@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 
 import pytest
 import torch
@@ -309,3 +310,82 @@ def test_no_step_reads_a_number(tmp_path, options):
             trainer.train(1)
         found.append(reads.count)
     assert found[0] == found[1] > 0
+
+
+# Ends and beginnings that cross each other
+
+
+def test_a_run_that_was_stopped_before_its_first_step_begins_anew_in_silence(make):
+    trainer = make()
+    run = trainer.start(1)
+    run.stop()
+    run.wait()
+    assert trainer.global_step == 0
+    trainer.start(1).wait()
+    assert trainer.global_step == 2 and not [event for event in trainer.history.events if event["kind"] == "problem"]
+
+
+def test_two_threads_start_one_trainer_and_one_run_begins(make):
+    for turn in range(4):
+        trainer, barrier, refused = make(f"door{turn}"), threading.Barrier(2), []
+
+        def start(trainer=trainer, barrier=barrier, refused=refused):
+            barrier.wait()
+            try:
+                trainer.start(1)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+        threads = [threading.Thread(target=start) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        trainer.run.wait()
+        assert len(refused) == 1 and "trainer.run.wait()" in refused[0]
+        assert trainer.run.exception is None and len(trainer.history) == 1
+
+
+def test_an_average_that_is_switched_off_after_the_last_step_is_evaluated_after_a_resume_too(make):
+    """The setting takes effect with the next step, so the validation in between is that of the average"""
+
+    def switch_off(trainer):
+        if trainer.batch == trainer.num_batches and trainer.current_epoch == 0:
+            trainer.run.set("ema_decay", None)
+
+    class StopInValidation:
+        def on_batch_end(self, trainer, loss):
+            if trainer.phase == "val":
+                trainer.run.stop()
+
+    data = demo_dataloaders(n_train=8, n_val=8, size=32, batch_size=4)
+    whole, part = (make(name, data=data, ema_decay=0.7, observers=[Watch(switch_off)]) for name in ("whole", "part"))
+    part.observers.add(StopInValidation())
+    whole.train(2)
+    part.train(2)
+    assert len(part.history) == 0
+    resumed = make("part", data=data, ema_decay=0.7)
+    resumed.train(2, resume="last")
+    assert resumed.history["val_losses"] == whole.history["val_losses"]
+
+
+def test_fewer_epochs_than_are_done_end_with_the_present_one(make):
+    trainer = make()
+    trainer.observers.add(Watch(lambda trainer: trainer.current_epoch == 2 and trainer.run.set("epochs", 1)))
+    trainer.train(5)
+    assert len(trainer.history) == 3 and trainer.run.reason == "all 3 epochs done"
+
+
+def test_an_epoch_goes_on_with_larger_batches(make, loaders):
+    """The trainer that was stopped, and a new one that resumes: neither is stuck at a batch which there is no more"""
+    small = demo_dataloaders(n_train=8, n_val=4, size=32, batch_size=1)
+    trainer = make(data=small)
+    trainer.observers.add(Watch(lambda trainer: trainer.global_step == 5 and trainer.run.stop()))
+    trainer.train(1)
+    resumed = make(data=loaders)
+    resumed.train(1, resume="last")
+    trainer.train_loader = loaders[0]
+    trainer.train(1)
+    for one in (trainer, resumed):
+        assert one.global_step == 7 and len(one.history) == 1
+        assert [event["text"][:25] for event in one.history.events if event["kind"] == "problem"] == ["The loader has 2 batches,"]

@@ -1231,6 +1231,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unet_nbtrain.passes._Learning._look_at_outputs': ( 'passes.html#_learning._look_at_outputs',
                                                                                          'unet_nbtrain/passes.py'),
                                      'unet_nbtrain.passes._Training': ('passes.html#_training', 'unet_nbtrain/passes.py'),
+                                     'unet_nbtrain.passes._Training._come_to_a_place_there_is': ( 'passes.html#_training._come_to_a_place_there_is',
+                                                                                                  'unet_nbtrain/passes.py'),
                                      'unet_nbtrain.passes._Training._train_batches': ( 'passes.html#_training._train_batches',
                                                                                        'unet_nbtrain/passes.py'),
                                      'unet_nbtrain.passes._Training.train_epoch': ( 'passes.html#_training.train_epoch',

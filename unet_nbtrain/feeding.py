@@ -136,7 +136,7 @@ class _Judging(_Fetching):
             raise parcel.failure
         self._good, self._dark = self._good or parcel.kept > 0, [] if parcel.kept else [*self._dark, *parcel.lost]
         self._blank = 0 if parcel.kept else self._blank + 1
-        at_first = not self._good and self._source.epoch == self._source.start == 0
+        at_first = not self._good and self._source.epoch == self._source.start == 0 and self.name == "training"
         if len(self._dark) >= 2 and (at_first or (self._blank >= 3 and len(self._dark) >= 8)):
             raise BadSample(
                 f"None of the last {len(self._dark)} samples of the {self.name} data could be read; the first: {self._dark[0]}. "

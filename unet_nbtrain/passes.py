@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 
-from .core import seed_step
+from .core import length_of, seed_step
 from .epoch import EpochMeter, batch_weight, loss_weights
 from .gate import Gate
 from .guard import is_out_of_memory
@@ -169,6 +169,7 @@ class _Training(_Learning):
 
     def train_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole epoch
         "Train on every batch of the epoch once, from where it was left."
+        self._come_to_a_place_there_is()
         self.model.train()
         if self._start_batch == 0:
             self._train_meter.threshold = self.threshold
@@ -177,6 +178,16 @@ class _Training(_Learning):
         if self._skipped and self._train_meter.is_empty:
             raise RolledBack(f"No step of epoch {self.current_epoch + 1} had a finite loss and gradient.")
         return self._train_meter.compute()
+
+    def _come_to_a_place_there_is(self):
+        "Begin the epoch again if it was left where the loader does not reach, as after a change to larger batches"
+        batches, done = length_of(self.train_loader), self._start_batch
+        if batches is None or done <= batches:
+            return
+        self._start_batch = 0
+        self._train_meter.reset()
+        self._norms.reset()
+        self._report(f"The loader has {batches} batches, and {done} of epoch {self.current_epoch + 1} were done before, with another data set or batch_size. The epoch begins again; the weights stay.")
 
     def _train_batches(self):
         "All that is left of the epoch"

@@ -166,8 +166,8 @@ class _Putting(_Comparing):
         self.changed_settings = dict(state["settings"])
 
     def _load_average(self, state):
-        "The averaged weights, if the file has any and this trainer averages (which a setting in the file may have changed)"
-        if "averaged_model_state_dict" in state and self.ema_decay is not None:
+        "The averaged weights, if the file has any and this trainer averages (which a setting in the file may have changed), or has yet to evaluate them"
+        if "averaged_model_state_dict" in state and (self.ema_decay is not None or state["train_metrics"] is not None):
             self.averaged = averaged_model(self.model)
             self.averaged.module.load_state_dict(state["averaged_model_state_dict"])
             self.averaged.n_averaged.fill_(state["averaged_steps"])

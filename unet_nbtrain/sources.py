@@ -239,7 +239,7 @@ def _after(batches, start, epoch):
 
 
 def _too_short(done, start, epoch):
-    return ValueError(f"The loader ended after {done} batches, but {start} of epoch {epoch + 1} were done before. Is it another data set?")
+    return ValueError(f"The loader ended after {done} batches, but {start} of epoch {epoch + 1} were done before. Is it another data set, or another batch_size? Take those from before, or go on from the end of an epoch: resume=a checkpoint of one.")
 
 # %% ../nbs/11_sources.ipynb #7e4cc522
 class _Replayed(_Source):

@@ -38,6 +38,7 @@ _all_ = ["create_loss_function", "create_optimizer", "create_scheduler"]
 
 # %% ../nbs/17_trainer.ipynb #99091a7c
 _MOST_ROLLBACKS = 5  # In one run
+_DOOR = threading.Lock()  # Two threads may want to start one trainer
 
 
 class _Epochs(Passes):
@@ -58,7 +59,7 @@ class _Epochs(Passes):
 
     def _over(self):
         "Why there is no epoch more to do, or an empty text; what is to be said of the last one must be known for that"
-        planned = f"all {self.total_epochs} epochs done" if self.current_epoch >= self.total_epochs else ""
+        planned = f"all {self.current_epoch} epochs done" if self.current_epoch >= self.total_epochs else ""
         reason = self.early_stopping.reason or planned
         if reason:
             self._finish_writing()
@@ -167,8 +168,7 @@ class _Endings(_EpochEnds):
         if not self._at_boundary:
             self._rewind()
         if error or self.run.state == "stopping":
-            self._spent = self.epoch_seconds
-            self._began = self.run.elapsed
+            self._spent, self._began = self.epoch_seconds, self.run.elapsed
             self._save()
 
 # %% ../nbs/17_trainer.ipynb #e95735c8
@@ -208,10 +208,9 @@ class _Life(_Endings):
             run.finish(reason, error)
 
     def _begin(self, run):
-        self._saved_step, self._saved_time, self._thread = self.global_step, time.monotonic(), threading.get_ident()
+        self._saved_step, self._saved_time, self._began, self._thread = self.global_step, time.monotonic(), run.elapsed, threading.get_ident()
         self._at_boundary, self._stepping, self._checked, self._looked, self._was = True, False, False, False, None
-        self._bad_steps, self._rollbacks, self._gone_back, self._images_are_bad = BadSteps(self.nonfinite_in_a_row), 0, set(), False
-        self._poisoned = ""
+        self._bad_steps, self._rollbacks, self._gone_back, self._images_are_bad, self._poisoned = BadSteps(self.nonfinite_in_a_row), 0, set(), False, ""
         self._open_feeds()
         self._recall_last()
         if self.best_weights.available and not self._folder.best.exists():
@@ -231,24 +230,25 @@ class _Beginnings(_Life):
     "What is true when a run begins"
 
     def _prepare(self, run, num_epochs, resume):
-        if self.model is None or self.train_loader is None or self.val_loader is None:
-            raise ValueError("A training needs a model and two loaders: UNetTrainer(model, train_loader, val_loader).")
-        if self.run is not None and not self.run.ended:
-            raise RuntimeError(f"This trainer is already {self.run.state}. Stop it first: trainer.run.stop().")
-        if num_epochs is not None or resume is None:
-            check_setting("epochs", num_epochs)
-        self._adopt_optimizer()
-        if resume is not None:
-            self._resume(resume)
-            self.total_epochs = num_epochs or self.total_epochs
-        else:
-            self.early_stopping.counter *= not self.early_stopping.should_stop
-            self.total_epochs = num_epochs + self.current_epoch
-        self._name_folders()
-        self._take_folder()
-        self.history.class_names = (self.preprocessing or {}).get("class_names") or self.history.class_names
-        self.run = run
-        return run
+        with _DOOR:
+            if self.model is None or self.train_loader is None or self.val_loader is None:
+                raise ValueError("A training needs a model and two loaders: UNetTrainer(model, train_loader, val_loader).")
+            if self.run is not None and not self.run.ended:
+                raise RuntimeError(f"This trainer is already {self.run.state}. Stop it first, and wait for its end: trainer.run.stop(), trainer.run.wait().")
+            if num_epochs is not None or resume is None:
+                check_setting("epochs", num_epochs)
+            self._adopt_optimizer()
+            if resume is not None:
+                self._resume(resume)
+                self.total_epochs = num_epochs or self.total_epochs
+            else:
+                self.early_stopping.counter *= not self.early_stopping.should_stop
+                self.total_epochs = num_epochs + self.current_epoch
+            self._name_folders()
+            self._take_folder()
+            self.history.class_names = (self.preprocessing or {}).get("class_names") or self.history.class_names
+            self.run = run
+            return run
 
 # %% ../nbs/17_trainer.ipynb #d0e691aa
 class UNetTrainer(_Beginnings):

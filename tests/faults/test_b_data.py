@@ -187,6 +187,13 @@ def test_031_a_first_batch_of_damaged_images_is_an_error(tmp_path):
         trainer_of(tmp_path, loader_of(broken(0, 1))).train(1)
 
 
+def test_031_a_first_batch_of_validation_may_be_damaged(tmp_path):
+    """By then the training images have been read, so the disk is there"""
+    trainer = trainer_of(tmp_path, val=loader_of(broken(0, 1), n=4))
+    trainer.train(2)
+    assert [row["bad_samples"] for row in trainer.history.rows] == [2, 2] and math.isfinite(trainer.history["val_losses"][0])
+
+
 def test_032_a_png_without_its_end(tmp_path):
     picture = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(picture).save(tmp_path / "a.png")
