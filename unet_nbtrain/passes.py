@@ -180,14 +180,15 @@ class _Training(_Learning):
         return self._train_meter.compute()
 
     def _come_to_a_place_there_is(self):
-        "Begin the epoch again if it was left where the loader does not reach, as after a change to larger batches"
-        batches, done = length_of(self.train_loader), self._start_batch
-        if batches is None or done <= batches:
+        "Begin the epoch again if larger batches of the same data do not reach to where it was left; less data is an error"
+        batches, done, before = length_of(self.train_loader), self._start_batch, self._data_size
+        self._data_size = length_of(getattr(self.train_loader, "dataset", None))
+        if batches is None or done <= batches or before is None or before != self._data_size:
             return
         self._start_batch = 0
         self._train_meter.reset()
         self._norms.reset()
-        self._report(f"The loader has {batches} batches, and {done} of epoch {self.current_epoch + 1} were done before, with another data set or batch_size. The epoch begins again; the weights stay.")
+        self._report(f"The loader has {batches} batches, and {done} of epoch {self.current_epoch + 1} were done before, with smaller ones. The epoch begins again; the weights stay.")
 
     def _train_batches(self):
         "All that is left of the epoch"

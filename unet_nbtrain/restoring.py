@@ -157,7 +157,7 @@ class _Putting(_Comparing):
         self._train_meter.load_state_dict(state["meter"], self.device)
         self._norms.load_state_dict(state.get("norms", {}), self.device)
         self.parts_per_batch, self.val_parts_per_batch = (max(1, state.get(name, 1)) for name in ("parts_per_batch", "val_parts_per_batch"))
-        self._skipped = state.get("skipped", 0)
+        self._skipped, self._data_size = state.get("skipped", 0), state.get("parts", {}).get("images")
         self._bad_steps, self._infinite_at_start = BadSteps(state.get("nonfinite_in_a_row", 0)), list(state.get("infinite_at_start", ()))
         self.history.load_state_dict(state["history"])
         for name, value in state["settings"].items():
