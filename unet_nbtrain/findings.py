@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from .guard import is_out_of_memory
 from .text import format_duration, format_rate, short_number
 
 # %% ../nbs/16_findings.ipynb #e82425a3
+_SMALLER = "Make the batches smaller, the images smaller, or the model narrower; accumulate_gradients keeps the step the same. Other programs may hold memory too: nvidia-smi shows them."
 _ADVICE = (
-    ("out of memory", "Make the batches smaller, the images smaller, or the model narrower; accumulate_gradients keeps the step the same. Other programs may hold memory too: nvidia-smi shows them."),
     ("CheckpointError", "Nothing was changed. Choose another checkpoint, or make the model and the optimizer as they were then."),
     ("No space left", "Free some space and press Continue: the run goes on from its last good state."),
     ("DataLoader worker", "A process that loads data has died, often for want of memory. Use fewer workers, or num_workers=0 to see the error itself."),
@@ -32,6 +33,8 @@ def advice_for(
     exception: BaseException,  # What a run has died of
 ) -> str:  # A sentence or two; empty where nothing is known
     "What a person can do about an error."
+    if is_out_of_memory(exception):
+        return _SMALLER
     text = f"{type(exception).__name__}: {exception}".lower()
     return next((advice for sign, advice in _ADVICE if sign.lower() in text), "")
 
