@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, IterableDataset
 
 from .checkpoint import CheckpointError, to_plain
@@ -133,19 +134,62 @@ def check_folder(
         raise ValueError(f"{name}={shown!r} cannot be used: {reason}. No checkpoint could be written there; choose another folder.") from error
 
 # %% ../nbs/13_checks.ipynb #4843f0d5
+_NOTHING = 1e-4  # Share of the first rate; the default end of one-cycle is 4e-6
+
+
+def _last_part(scheduler):
+    "The one that a schedule ends with: what is inside of a warm-up, the last of a sequence"
+    while inner := getattr(scheduler, "inner", None) or getattr(scheduler, "_schedulers", [None])[-1]:
+        scheduler = inner
+    return scheduler
+
+
+def _last_rate(scheduler, ended):
+    "The largest rate that a schedule ends with, and whether it is nothing beside the one that it came from"
+    part, groups = _last_part(scheduler), scheduler.optimizer.param_groups
+    ends = [group["lr"] if ended else getattr(part, "eta_min", group.get("min_lr", 0.0)) for group in groups]
+    pairs = [(float(end), float(group.get("max_lr", group.get("initial_lr", 0.0)))) for end, group in zip(ends, groups)]
+    return max(end for end, _ in pairs), all(end <= _NOTHING * first for end, first in pairs)
+
+
+def _idle_epochs(scheduler, length, steps, epochs, done):
+    "What becomes of the epochs after the end of a schedule, if its last rate is nothing"
+    position, end = scheduler.last_epoch, length + isinstance(_last_part(scheduler), OneCycleLR)  # Whose last rate has a unit too
+    ended, at_zero = position >= length, all(float(group["lr"]) == 0 for group in scheduler.optimizer.param_groups)
+    over = ended or (at_zero and not hasattr(scheduler, "_schedulers"))  # A falling schedule cannot leave 0, a sequence can
+    left = epochs * steps - ((end if ended else position) if done is None else round(done * steps))
+    idle, (rate, is_nothing) = (left - (0 if over else end - position)) // steps, _last_rate(scheduler, ended)
+    if idle < 1 or not is_nothing:
+        return ""
+    if over:
+        return (
+            f"{'The schedule has ended' if ended else 'The schedule began with a rate of 0'}, and the learning rate stays at {rate:g}: nothing will be learned in the epochs "
+            "that remain. Give a rate that holds, run.set('lr', …); or before the run trainer.set('lr', …), and then a new schedule, trainer.scheduler = create_scheduler(trainer.optimizer, …)."
+        )
+    last = "epoch" if idle == 1 else f"{idle} epochs"
+    return (
+        f"The schedule ends before the training: the learning rate stays at {rate:g} for the last {last}, and nothing will be learned there. "
+        f"Make a schedule as long as the training ({epochs} epochs), or give a rate when it has ended: run.set('lr', …)."
+    )
+
+# %% ../nbs/13_checks.ipynb #f4e91abe
 def schedule_misfit(
     scheduler: object | None,  # A PyTorch scheduler, a `WarmUp`, or `None`
     unit: str | None,  # What it counts: `'step'`, `'epoch'` or `'metric'`
     epochs: int,  # Planned in all
     batches: int | None,  # Of an epoch; `None`: unknown
     accumulate: int = 1,  # Batches that make one step
+    done: float | None = None,  # Epochs behind the training; `None`: as many as the schedule has counted
 ) -> str:  # A sentence, or an empty text if it fits or cannot be known
-    "Whether a schedule ends long before the training, or goes on long after it."
-    length = scheduler_length(scheduler)
-    planned = epochs if unit != "step" else epochs * -(-(batches or 0) // accumulate)
-    if length is None or not planned or 0.5 < length / planned < 1.2:
+    "Whether a schedule leaves epochs without a rate to learn with, ends long before the training, or goes on long after it."
+    length, steps = scheduler_length(scheduler), 1 if unit != "step" else -(-(batches or 0) // accumulate)
+    planned = epochs * steps
+    if length is None or not planned:
         return ""
-    return f"The schedule is made for {length} {unit}s, and the training has {planned}."
+    if text := _idle_epochs(scheduler, length, steps, epochs, done):
+        return text
+    planned = planned if done is None else max(1, scheduler.last_epoch + planned - round(done * steps))  # That it will have counted
+    return "" if 0.5 < length / planned < 1.2 else f"The schedule is made for {length} {unit}s, and the training has {planned}."
 
 # %% ../nbs/13_checks.ipynb #55952048
 def describe_parts(
