@@ -180,3 +180,49 @@ def test_at_batch_100_000_no_earlier_sample_is_read():
         assert len(list(feed.batches(3, 100_000))) == 5
         assert loader.dataset.reads == 10
         feed.close()
+
+
+def small(folder, epochs=None, lr=1e-2, weight_decay=0.01, **options):
+    """A trainer without observers, on fixed batches; with a cosine over so many epochs, if any"""
+    torch.manual_seed(1)
+    model, batches = Net(), [(torch.rand(2, 1, 8, 8), torch.zeros(2, 8, 8))] * 2
+    optimizer = create_optimizer(model, lr=lr, weight_decay=weight_decay)
+    schedule = epochs and create_scheduler(optimizer, "cosine", T_max=epochs, warmup=1)
+    return UNetTrainer(model, batches, list(batches), optimizer=optimizer, scheduler=schedule, device="cpu", run_dir=folder, observers=[], **options)
+
+
+def test_more_epochs_after_the_end_of_the_schedule_are_told_to_learn_nothing(tmp_path, caplog):
+    trainer = small(tmp_path, epochs=3)
+    trainer.train(4)
+    assert caplog.text == ""
+    trainer.train(2)
+    assert [row["lr"] for row in trainer.history.rows[4:]] == [0, 0]
+    assert "has ended, and the learning rate stays at 0: nothing will be learned" in caplog.text
+    caplog.clear()
+    trainer.set("lr", 1e-3)
+    trainer.scheduler = create_scheduler(trainer.optimizer, "cosine", T_max=2, eta_min=1e-4)
+    trainer.train(2)
+    assert trainer.history.rows[-1]["lr"] > 0 and "learned" not in caplog.text
+
+
+def test_a_learning_rate_that_is_not_taken_is_told(tmp_path, caplog):
+    small(tmp_path, epochs=5).train(3)
+    again = small(tmp_path, epochs=5, lr=5e-2, weight_decay=0.5)
+    again.train(4, resume="last")
+    assert "learning rate of 0.01 (given now: 0.05)" in caplog.text and "weight decay of 0.01 (given now: 0.5)" in caplog.text
+    assert again.history.rows[-1]["lr"] < 1e-2 and again.optimizer.param_groups[0]["weight_decay"] == 0.01
+    caplog.clear()
+    small(tmp_path, epochs=5, lr=5e-2).train(5, resume="last")
+    assert "rate of 0.01" in caplog.text and "decay" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"epochs": 5}, {"lr": 5e-2}, {"epochs": 5, "gradient_clip_norm": 0.5}])
+def test_the_same_lines_as_then_are_not_worth_a_word(tmp_path, caplog, options):
+    """A rate that a schedule or somebody at the panel has lowered is not one that was given otherwise"""
+    small(tmp_path, **options).train(2)
+    trainer = small(tmp_path, **options)
+    trainer.train(3, resume="last")
+    trainer.set("lr", 1e-4)
+    trainer.train(1)
+    small(tmp_path, **options).train(5, resume="last")
+    assert "given now" not in caplog.text

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['as_seed', 'check_loader', 'shared_samples', 'check_criterion', 'check_trainable', 'check_folder', 'schedule_misfit',
-           'describe_parts', 'keepable']
+           'describe_parts', 'given_otherwise', 'keepable']
 
 # %% ../nbs/13_checks.ipynb #25dac763
 import logging
+import math
 import operator
 import os
 import zlib
@@ -210,6 +211,28 @@ def describe_parts(
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
+
+# %% ../nbs/13_checks.ipynb #5d1767c8
+def _given_rates(groups, scheduled):
+    "The learning rate that each group was given, or nothing where a schedule has left none"
+    found = [group.get("max_lr", group.get("initial_lr", None if scheduled else group["lr"])) for group in groups]
+    return None if None in found else [float(rate) for rate in found]
+
+
+def given_otherwise(
+    state: Mapping,  # What a file of a run holds
+    optimizer: torch.optim.Optimizer,  # Of a trainer that has not begun
+    scheduled: bool,  # Whether that trainer has a schedule
+) -> str:  # A sentence; empty if both are as they were, or it cannot be known
+    "What the file brings in place of a learning rate and a weight decay that were given otherwise."
+    saved, groups, told = (state.get("optimizer_state_dict") or {}).get("param_groups", []), optimizer.param_groups, []
+    then, now = _given_rates(saved, state.get("scheduler") is not None), _given_rates(groups, scheduled)
+    pairs = zip(then, now) if then and now and "lr" not in state.get("settings", {}) else ()
+    told += [f"a learning rate of {a:g} (given now: {b:g}); to change it, run.set('lr', …) while it runs" for a, b in pairs if not math.isclose(a, b, rel_tol=1e-6)][:1]
+    decays = [(float(a["weight_decay"]), float(b["weight_decay"])) for a, b in zip(saved, groups) if "weight_decay" in a and "weight_decay" in b]
+    change = "to change it, trainer.load_checkpoint(…), then set weight_decay in trainer.optimizer.param_groups"
+    told += [f"a weight decay of {a:g} (given now: {b:g}); {change}" for a, b in decays if a != b][:1]
+    return f"The run goes on as it was begun, with {', and '.join(told)}." if told else ""
 
 # %% ../nbs/13_checks.ipynb #d5ce931c
 @lru_cache(maxsize=256)  # Once for each entry, not at each save

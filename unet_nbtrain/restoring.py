@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import CheckpointError, CheckpointFolder, load_file, load_weights, misfits
-from .checks import describe_parts
+from .checks import describe_parts, given_otherwise
 from .core import unwrap
 from .early_stopping import BestWeights, EarlyStopping, LastWeights
 from .epoch import EpochMeter, RunningMean, averaged_model
@@ -146,6 +146,8 @@ class _Comparing:
             rows.append(("the schedule", state.get("scheduler"), mine["scheduler"]))
         if rows:
             _log.warning("%s was written under other conditions; the run goes on, but may not repeat bit for bit:\n%s", path, _difference_table(rows))
+        if self.global_step == 0 and (text := given_otherwise(state, self.optimizer, self.scheduler is not None)):
+            _log.warning("%s: %s", path, text)
 
 # %% ../nbs/14_restoring.ipynb #c3520d02
 class _Putting(_Comparing):
