@@ -214,6 +214,7 @@ WRONG_VALUES = {
     "--amp fp16": "needs a GPU",
     "--log-level loud": "invalid choice: 'loud'",
     "--monitor beauty": "beauty",
+    "--monitor per_class.dice.7": "--monitor per_class.dice.7: The validation has no metric 'per_class.dice.7'; it has: loss, dice",
     "--images {home}/empty": "no images in {home}/empty",
     "--images {home}/nowhere": "{home}/nowhere",
     "--images {home}/file": "is not a folder",

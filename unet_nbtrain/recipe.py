@@ -15,6 +15,7 @@ import torch
 from .arguments import OPTION_SETTINGS, parse_val, parse_weights
 from .dataset import create_dataloaders, demo_dataloaders
 from .early_stopping import EarlyStopping
+from .epoch import EpochMeter
 from .losses import create_loss_function
 from .mask_report import describe_masks
 from .optimizers import create_optimizer
@@ -70,6 +71,16 @@ def _look_at_masks(arguments, dataset):
             sys.stderr.write(f"! --ignore-index {arguments.ignore_index}: no training mask has this value, so all pixels count.\n\n")
     return report
 
+# %% ../nbs/18_recipe.ipynb #3c3d65ac
+def _check_monitor(monitor, n_classes):
+    "`ValueError` if no validation of so many classes has this number"
+    meter = EpochMeter()
+    meter.update(torch.zeros(()), 1.0, torch.zeros(1, n_classes, 1, 1), torch.zeros(1, 1, 1))
+    try:
+        EarlyStopping(monitor=monitor).value_of({"val": meter.compute()})
+    except ValueError as error:
+        raise ValueError(f"--monitor {monitor}: {error}") from error
+
 # %% ../nbs/18_recipe.ipynb #4120b7f7
 def _make_schedule(arguments, optimizer, loader):
     "The schedule of the learning rate, of the length of the run"
@@ -106,6 +117,7 @@ def make_trainer(
     "The trainer that the arguments describe; raises `ValueError` (or an error of the data) that a person can act on."
     loaders, run_dir = _make_loaders(arguments), arguments.run_dir or new_run_dir()
     dataset = loaders[0].dataset
+    _check_monitor(arguments.monitor, dataset.n_classes)
     report = _look_at_masks(arguments, dataset) if arguments.command == "train" else None
     torch.manual_seed(arguments.seed)
     model = UNet(dataset.n_channels, dataset.n_classes, width=arguments.width, depth=arguments.depth)
