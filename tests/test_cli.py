@@ -584,3 +584,46 @@ def test_camvid_trains_with_class_weights(tmp_path):
     assert last < first and any(value for value in told["per_class_dice"].values())
     table = [line.split() for line in done.stderr.split("best: epoch")[1].splitlines()]
     assert [row[0] for row in table if row and row[0] in NAMES] == NAMES, done.stderr
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle", "polynomial --warmup 1", "exponential"])
+def test_a_schedule_goes_on_to_the_new_last_epoch(home, inside, schedule):
+    """From where it goes on, a run has the rates of one that was planned so; where nothing is planned anew, those that it had"""
+    name = schedule.split()[0]
+    more = ("--schedule", *schedule.split(), "--quiet")
+    assert inside(*training(f"{name}_long", "--epochs", 5, *more))[0] == 0
+    assert inside(*training(f"{name}_more", "--epochs", 3, *more))[0] == 0
+    (shutil.copytree(home / f"{name}_more", home / f"{name}_same"), shutil.copytree(home / f"{name}_more", home / f"{name}_again"))
+    before = torch.load(home / f"{name}_same" / "checkpoints" / "last.pth")
+    code, out, err = inside("resume", f"{name}_same", "--epochs", 3)
+    after = torch.load(home / f"{name}_same" / "checkpoints" / "last.pth")
+    assert code == 0 and before["scheduler_state_dict"] == after["scheduler_state_dict"]
+    for line in (["resume", f"{name}_more", "--epochs", 5], training(f"{name}_again", "--epochs", 5, *more[:-1], "--resume")):
+        code, out, err = inside(*line)
+        assert code == 0 and json.loads(out)["epochs"] == 5 and "learned" not in err and "given now" not in err
+    long, *longer = ([row["lr"] for row in history(home / f"{name}_{one}")] for one in ("long", "more", "again"))
+    assert longer[0][3:] == longer[1][3:] == long[3:] and min(long[3:]) > 0
+    ended = [torch.load(home / f"{name}_{one}" / "checkpoints" / "last.pth")["scheduler_state_dict"] for one in ("more", "long")]
+    assert ended[0] == ended[1]
+
+
+def test_a_stopped_run_of_new_length_keeps_it(home, inside):
+    assert inside(*training("length", "--epochs", 2, "--schedule", "cosine", "--quiet"))[0] == 0
+
+    class Once:
+        def on_epoch_end(self, trainer, row):
+            if row["epoch"] == 3 and trainer.total_epochs == 5:
+                trainer.run.stop()
+
+    inside.observers.append(Once())
+    assert json.loads(inside("resume", "length", "--epochs", 5, "--quiet")[1])["epochs"] == 3
+    inside.observers.clear()
+    assert json.loads(inside("resume", "length", "--quiet")[1])["epochs"] == 5
+    assert [round(1e3 * row["lr"], 3) for row in history(home / "length")] == [1, 0.5, 0.655, 0.345, 0.095]
+
+
+def test_another_rate_on_a_run_that_goes_on_is_told(home, inside):
+    assert inside(*training("rated", "--epochs", 1, "--quiet"))[0] == 0
+    code, out, err = inside(*training("rated", "--epochs", 2, "--resume", "--lr", 0.01, "--weight-decay", 0.5))
+    assert code == 0 and "learning rate of 0.001 (given now: 0.01)" in err and "weight decay of 0.01 (given now: 0.5)" in err
+    assert history(home / "rated")[-1]["lr"] == 1e-3

@@ -222,7 +222,7 @@ def _add_resume(parser):
     "What may change when a run goes on"
     add = parser.add_argument
     add("run_dir", type=Path, help="folder of the run")
-    add("--epochs", type=int, help="total number of epochs to reach (default: as planned then)")
+    add("--epochs", type=int, help="total number of epochs to reach, until which the learning rate falls from now on (default: as planned then)")
     add("--patience", type=int, help="end after so many epochs without a better one (default: as then)")
     for name in ("--images", "--masks"):
         add(name, type=Path, help="where this folder is now, if it has moved")

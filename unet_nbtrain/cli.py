@@ -71,6 +71,7 @@ def _train(arguments, planned, keep):
     arguments.run_dir = arguments.run_dir or new_run_dir()
     trainer, start = make_trainer(arguments), _Start()
     trainer.observers.add(start)
+    trainer.planned = planned if arguments.resume else None
     if arguments.overwrite:
         _remove_run(arguments.run_dir)
     if keep:

@@ -21,7 +21,7 @@ from .mask_report import describe_masks
 from .optimizers import create_optimizer
 from .plots import plot_history, save_png
 from .report import ReportParts
-from .schedulers import create_scheduler
+from .schedulers import create_scheduler, scheduler_unit, step_scheduler
 from .state import default_observers, new_run_dir
 from .trainer import UNetTrainer
 from .unet_model import UNet
@@ -110,6 +110,34 @@ def _make_criterion(arguments, report):
         weights = report.class_weights()
     return create_loss_function(classes, weights, arguments.loss, getattr(arguments, "ignore_index", None))
 
+# %% ../nbs/18_recipe.ipynb #327aa75a
+def _stretch(scheduler, arguments, loader, units):
+    "Make a schedule what it would be after so many units, had it been made for this number of epochs"
+    group = scheduler.optimizer.param_groups[0]
+    stand_in = create_optimizer(torch.nn.Linear(1, 1), arguments.optimizer, lr=group.get("max_lr", group["initial_lr"]))
+    other = _make_schedule(arguments, stand_in, loader)
+    stand_in.step()  # PyTorch wants one before the schedule moves
+    for _ in range(units):
+        step_scheduler(other, scheduler_unit(other))
+    scheduler.load_state_dict(other.state_dict())
+    group.update({name: value for name, value in stand_in.param_groups[0].items() if name in ("lr", "betas", "momentum")})
+
+
+class _Trainer(UNetTrainer):
+    "A trainer whose schedule, loaded from a file, gets the length that the command line says"
+
+    arguments = planned = None  # `planned`: the epochs that are asked for now; `None`: those of the file
+
+    def _apply(self, state, path):
+        super()._apply(state, path)
+        goes_on = self.planned is not None and state.get("epoch", self.planned) < self.planned
+        if goes_on and state.get("total_epochs", self.planned) != self.planned and self._unit in ("step", "epoch"):
+            before, every = self.learning_rate, self.arguments.accumulate
+            steps = self.current_epoch * math.ceil(len(self.train_loader) / every) + self._start_batch // every
+            _stretch(self.scheduler, self.arguments, self.train_loader, steps if self._unit == "step" else self.current_epoch)
+            text = f"schedule for {state['total_epochs']} → {self.planned} epochs, lr {before:g} → {self.learning_rate:g}"
+            self.history.mark("set", self.progress, self.global_step, text)
+
 # %% ../nbs/18_recipe.ipynb #a3a2960d
 def make_trainer(
     arguments: argparse.Namespace,  # From `build_parser`, after `complete`
@@ -122,7 +150,7 @@ def make_trainer(
     torch.manual_seed(arguments.seed)
     model = UNet(dataset.n_channels, dataset.n_classes, width=arguments.width, depth=arguments.depth)
     optimizer = create_optimizer(model, arguments.optimizer, lr=arguments.lr, weight_decay=arguments.weight_decay)
-    trainer = UNetTrainer(
+    trainer = _Trainer(
         model,
         *loaders,
         criterion=_make_criterion(arguments, report),
@@ -136,6 +164,7 @@ def make_trainer(
         **{setting: getattr(arguments, option) for option, setting in OPTION_SETTINGS.items() if option not in ("epochs", "lr")},
     )
     trainer.early_stopping = EarlyStopping(arguments.patience, monitor=arguments.monitor)
+    trainer.arguments = arguments
     _keep_for_report(trainer, report)
     return trainer
 
