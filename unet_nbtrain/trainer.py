@@ -220,7 +220,7 @@ class _Life(_Endings):
             self._infinite_at_start = [name for name, o in begun if torch.is_tensor(o) and o.is_floating_point() and o.isinf().any()]
             if self._save() is None and self._poisoned:
                 raise FloatingPointError(f"The model holds NaN before its first step. {self._poisoned}")
-        if text := schedule_misfit(self.scheduler, self._unit, self.total_epochs, length_of(self.train_loader), self.accumulate_gradients):
+        if text := schedule_misfit(self.scheduler, self._unit, self.total_epochs, length_of(self.train_loader), self.accumulate_gradients, self.progress):
             _log.warning("%s", text)
         self.observers.notify("on_run_start", self)
         run.begin()
