@@ -226,3 +226,63 @@ def test_the_same_lines_as_then_are_not_worth_a_word(tmp_path, caplog, options):
     trainer.train(1)
     small(tmp_path, **options).train(5, resume="last")
     assert "given now" not in caplog.text
+
+
+# Begun anew in the folder of another run
+
+
+def fails():
+    raise RuntimeError("before the first step")
+
+
+def aside(folder):
+    """What was put aside: names, and the weights of the best model"""
+    place = folder / "checkpoints" / "replaced"
+    return sorted(path.name for path in place.glob("*")), (place / "best_model.pth").read_bytes()
+
+
+def test_a_second_run_in_a_folder_puts_the_first_one_aside(tmp_path, caplog):
+    """A cell that was run twice: the first run is still there, whole, and can be gone on with"""
+    trainer_of(tmp_path, ours()).train(2)
+    (tmp_path / "history.json").write_text("{}")
+    (tmp_path / "checkpoints" / "mine.pth").write_bytes(b"mine")
+    best, last = ((tmp_path / "checkpoints" / name).read_bytes() for name in ("best_model.pth", "last.pth"))
+    second = trainer_of(tmp_path, ours(), observers=[Stop(1)])
+    second.train(2)
+    assert aside(tmp_path) == (["best_model.pth", "final_model.pth", "history.json", "last.prev.pth", "last.pth"], best)
+    assert (tmp_path / "checkpoints" / "replaced" / "last.pth").read_bytes() == last
+    there = {path.name for path in (tmp_path / "checkpoints").glob("*.pth")}
+    assert there == {"last.pth", "last.prev.pth", "final_model.pth", "mine.pth"} and not (tmp_path / "history.json").exists()
+    assert [record.getMessage().count("replaced") for record in caplog.records if "earlier run" in record.getMessage()] == [2]
+    third = trainer_of(tmp_path / "third", ours())
+    third.train(resume=tmp_path / "checkpoints" / "replaced")
+    assert third.current_epoch == 2 and third.global_step == 2 * BATCHES
+
+
+def test_a_trainer_puts_nothing_of_its_own_aside(tmp_path):
+    """Stopped, or failed, before its first step and started again; gone on; gone back to its beginning; a loop of its own"""
+    trainer_of(tmp_path, ours()).train(1)
+    trainer = trainer_of(tmp_path, ours())
+    start = trainer.save_checkpoint(tmp_path / "start.pth")
+    trainer.train_epoch = fails
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="before the first step"):
+            trainer.train(1)
+    kept = aside(tmp_path)
+    del trainer.train_epoch
+    trainer.train(2)
+    trainer.train(1)
+    trainer.load_checkpoint(start)
+    trainer.train(1)
+    other = trainer_of(tmp_path, ours())
+    other.current_epoch = 3
+    other.train(1)
+    trainer_of(tmp_path, ours()).train(2, resume="last")
+    assert aside(tmp_path) == kept
+
+
+def test_starting_by_mistake_twice_does_not_push_out_the_good_run(tmp_path):
+    trainer_of(tmp_path, ours()).train(1)
+    for _ in range(3):
+        trainer_of(tmp_path, ours(), observers=[Stop(2)]).train(1)
+    assert trainer_of(tmp_path / "again", ours()).train(resume=tmp_path / "checkpoints" / "replaced")["epochs"] == [1]

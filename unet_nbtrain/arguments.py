@@ -186,7 +186,7 @@ def _add_output(group):
     add = group.add_argument
     add("--run-dir", type=Path, help="folder of the run; default a new one in runs/")
     add("--resume", action="store_true", help="continue the run in --run-dir")
-    add("--overwrite", action="store_true", help="begin anew in --run-dir, although a run lies there, which is lost")
+    add("--overwrite", action="store_true", help="begin anew in --run-dir, although a run lies there, which is put into checkpoints/replaced")
     add("--log-level", default="warning", choices=LOG_LEVELS, help="what the library tells on standard error; default warning")
 
 # %% ../nbs/17_arguments.ipynb #b6746ab4

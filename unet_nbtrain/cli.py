@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .arguments import build_parser, complete, parse_val
+from .checkpoint import CheckpointFolder
 from .evaluation import evaluate, folder_loader
 from .files import atomic_write
 from .inference import UNetPredictor
@@ -29,6 +30,7 @@ from .sources import BadSample, WorkersDied
 from .state import new_run_dir
 from .text import text_table
 from .trainer import UNetTrainer
+from .writer import put_aside
 
 # %% ../nbs/19_cli.ipynb #545e6724
 def result_of(
@@ -86,11 +88,12 @@ def _train(arguments, planned, keep):
 
 
 def _remove_run(folder):
-    "Take away what a run wrote"
-    for name in ("arguments.json", "curves.png", "history.json", "history.csv", "log.jsonl", "report.html", "report_parts.json"):
+    "Put aside what a run wrote; its TensorBoard files, and what is not worth keeping, go"
+    told = ("arguments.json", "log.jsonl", "report.html", "report_parts.json")
+    put_aside(CheckpointFolder(folder / "checkpoints"), folder, told)
+    for name in (*told, "curves.png", "history.json", "history.csv"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 # %% ../nbs/19_cli.ipynb #8c3e57ea
 class _Start:

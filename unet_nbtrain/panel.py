@@ -47,7 +47,7 @@ class _Starting(Display):
 
     def start(
         self,
-        resume: bool = True,  # Whether to go on with what an earlier session has left in the run's folder; `False` begins anew, over it
+        resume: bool = True,  # Whether to go on with what an earlier session has left in the run's folder; `False` begins anew, and puts that aside
     ) -> Run:  # The handle of the run
         """Begin, or go on. While a run is going on this changes nothing, so a cell with it may be run again.
 

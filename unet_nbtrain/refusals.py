@@ -77,7 +77,7 @@ def _check_folder(arguments):
     if run_dir is None or not holds_run(run_dir):
         return
     if not (arguments.resume or arguments.overwrite):
-        raise ValueError(f"{run_dir} holds a run already. Use --resume to go on with it, another --run-dir, or --overwrite to lose it.")
+        raise ValueError(f"{run_dir} holds a run already. Use --resume to go on with it, another --run-dir, or --overwrite to put it aside (in checkpoints/replaced, until the next time).")
     _check_calm(run_dir)
 
 # %% ../nbs/18_refusals.ipynb #b4cf9b3b

@@ -23,7 +23,7 @@ from .disk import FolderLock, sweep
 from .records import without_copies
 from .restoring import Resuming
 from .state import TrainerState
-from .writer import Writer
+from .writer import Writer, put_aside
 
 _log = logging.getLogger(__name__)
 
@@ -37,17 +37,15 @@ class _Saving(Resuming, TrainerState):
         return {**self._weights_state(), **self._position_state()} | {
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": keepable(self.scheduler.state_dict(), "the schedule") if self.scheduler is not None else None,
-            "scheduler": parts["scheduler"],
             "scaler_state_dict": self.scaler.state_dict() if self.scaler else None,
-            "optimizer": parts["optimizer"],
+            **{name: parts[name] for name in ("scheduler", "optimizer")},
             "parts": parts,
             "data": keepable(self.preprocessing, "dataset.preprocessing", whole=True),
             "threshold": self.threshold,
             "early_stopping": self.early_stopping.state_dict(),
             "history": self.history.state_dict(),
             "settings": self.changed_settings,
-            "seed": self.seed,
-            "torch": str(torch.__version__),
+            "seed": self.seed, "torch": str(torch.__version__),
         }
 
     def _weights_state(self):
@@ -88,7 +86,7 @@ class _Positioned(_Saving):
 class _Writing(_Positioned):
     "Writing that dictionary, here or into the run's folder"
 
-    _writer, _lock, _owed = None, None, frozenset()
+    _writer, _lock, _owed, _begun = None, None, frozenset(), False
 
     def save_checkpoint(
         self,
@@ -97,11 +95,7 @@ class _Writing(_Positioned):
         optimizer_state: Mapping | None = None,  # Stored instead of the optimizer's own state
         scheduler_state: Mapping | None = None,  # Stored instead of the scheduler's own state
     ) -> Path:  # The file
-        """Write the whole run to a file that plain `torch.load` reads.
-
-        Raises `CheckpointError` if the disk refuses or the weights are not finite, and `RuntimeError` while a training is
-        between two steps.
-        """
+        "Write the whole run to a file that plain `torch.load` reads; raises `CheckpointError` if the disk refuses or the weights are not finite, `RuntimeError` amid a step."
         aside = self._thread not in (None, threading.get_ident()) and self.run.state != "paused"
         if self.run is not None and not self.run.ended and (aside or not self._at_boundary):
             raise RuntimeError("The training is in the middle of a step, which no file can hold. Use run.save(), or pause first.")
@@ -197,6 +191,13 @@ class _InFolder(_Outcome):
                 self._lock = lock
         for folder in {self.checkpoint_dir, self.run_dir or self.checkpoint_dir}:
             sweep(folder, own=self._lock is not None)
+
+    def _begin_anew(self, model):
+        "Before a run's first file: another run's files go aside, and what is infinite in the model by design is noted"
+        if not (self._begun or self.current_epoch):
+            put_aside(self._folder, self.run_dir)
+        self._begun = True
+        self._infinite_at_start = [name for name, o in model.state_dict().items() if torch.is_tensor(o) and o.is_floating_point() and o.isinf().any()]
 
     def _leave_folder(self):
         "The end of a run: everything on the disk, no thread, and the folder is free"

@@ -216,8 +216,7 @@ class _Life(_Endings):
         if self.best_weights.available and not self._folder.best.exists():
             self._owed |= {self._folder.best}  # Of another folder, from which this run goes on
         if self.global_step == 0:
-            begun = unwrap(self.model).state_dict().items()
-            self._infinite_at_start = [name for name, o in begun if torch.is_tensor(o) and o.is_floating_point() and o.isinf().any()]
+            self._begin_anew(unwrap(self.model))
             if self._save() is None and self._poisoned:
                 raise FloatingPointError(f"The model holds NaN before its first step. {self._poisoned}")
         if text := schedule_misfit(self.scheduler, self._unit, self.total_epochs, length_of(self.train_loader), self.accumulate_gradients, self.progress):
