@@ -25,7 +25,7 @@ from .history import History
 from .loggers import ProgressBar
 from .pace import Pace
 from .plots import plot_history, save_png
-from .restore import checkpoint_folder, earlier_session, list_checkpoints
+from .restore import checkpoint_folder, earlier_session, has_best, list_checkpoints
 from .predictions import PredictionsTab, SampleKeeper
 from .settings_form import SettingsForm
 from .tabs import BoxTab, CurvesTab, Tabs, TextTab, earlier_runs
@@ -95,7 +95,7 @@ class _Facts:
             with self._looks.measured():
                 self._files, self._runs = list_checkpoints(checkpoint_folder(trainer)), earlier_runs(trainer.run_dir)
         state = "idle" if run is None else "starting" if run.state == "idle" else run.state
-        best = trainer.best_weights.available or "best_model.pth" in self._files
+        best = trainer.best_weights.available or "best_model.pth" in self._files and has_best(trainer)
         found = earlier_session(trainer) if self._files else ""
         return Moment(state, trainer.global_step > 0, found, trainer.early_stopping.should_stop, best, len(self._files))
 

@@ -81,9 +81,10 @@ def rewind(
 def has_best(
     trainer: object,  # A `UNetTrainer`
 ) -> bool:  # Whether `load_best` would work
-    "Whether there are best weights, in memory or in the folder."
+    "Whether there are best weights of this run, in memory or in the folder."
     folder = checkpoint_folder(trainer)
-    return trainer.best_weights.available or (folder is not None and folder.best.is_file())
+    is_its_own = trainer.run is None and trainer.global_step == 0 or trainer.early_stopping.best_epoch is not None
+    return trainer.best_weights.available or (folder is not None and is_its_own and folder.best.is_file())
 
 
 def _best_weights(trainer):
