@@ -62,7 +62,7 @@ def scene(tmp_path, monkeypatch, one_thread):
     optimizer = create_optimizer(model, "adam", lr=1e-3)
     scheduler = create_scheduler(optimizer, "plateau", patience=10, factor=0.5)
     parts = dict(model=model, train_loader=train_loader, val_loader=val_loader, optimizer=optimizer, scheduler=scheduler)
-    trainer = UNetTrainer(**parts, device="cpu", checkpoint_dir="checkpoints", early_stopping_patience=5)
+    trainer = UNetTrainer(**parts, device="cpu", early_stopping_patience=5)
     history = trainer.train(2)
     known = "UNetTrainer", "create_loss_function", "create_optimizer", "create_scheduler", "get_augmentation_pipeline"
     names = {name: getattr(unet_nbtrain, name) for name in known}

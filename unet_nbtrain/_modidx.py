@@ -891,6 +891,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'unet_nbtrain.inference._decide': ('inference.html#_decide', 'unet_nbtrain/inference.py'),
                                         'unet_nbtrain.inference._mask_picture': ( 'inference.html#_mask_picture',
                                                                                   'unet_nbtrain/inference.py'),
+                                        'unet_nbtrain.inference._of_newest_run': ( 'inference.html#_of_newest_run',
+                                                                                   'unet_nbtrain/inference.py'),
                                         'unet_nbtrain.inference._palette': ('inference.html#_palette', 'unet_nbtrain/inference.py'),
                                         'unet_nbtrain.inference._place': ('inference.html#_place', 'unet_nbtrain/inference.py'),
                                         'unet_nbtrain.inference._probabilities': ( 'inference.html#_probabilities',

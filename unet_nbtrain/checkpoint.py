@@ -105,11 +105,7 @@ def _bytes_of(state, rest=4096):
 def load_file(
     path: str | Path,  # The checkpoint
 ) -> dict:  # Its state, tensors on the CPU
-    """Read a checkpoint, after comparing every checksum in it.
-
-    Raises `CheckpointError` if it is missing, torn, damaged, made by a newer version, of another program, has entries of a
-    wrong kind, or holds anything but plain data.
-    """
+    "Read a checkpoint, after comparing every checksum; raises `CheckpointError` if it is missing, torn, damaged, of a newer version or another program, or no plain data of the right kinds."
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist. {_neighbours(path)}")
@@ -158,7 +154,9 @@ def _contents(state):
 def _neighbours(path):
     "What could have been meant by a path that is not there"
     found = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
-    return f"In its folder are: {', '.join(found)}." if found else f"There is no checkpoint in {path.parent}."
+    same = [p for p in (run / "checkpoints" / path.name for run in Path("runs").glob("*")) if p.is_file()]
+    newest = f" The newest {path.name} in runs/ is {max(same, key=lambda p: p.stat().st_mtime)}." if same else ""
+    return f"In its folder are: {', '.join(found)}." if found else f"There is no checkpoint in {path.parent}.{newest}"
 
 # %% ../nbs/11_checkpoint.ipynb #7884d4ad
 def load_weights(

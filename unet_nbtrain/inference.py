@@ -8,6 +8,7 @@ __all__ = ['find_checkpoint', 'evaluation_mode', 'Prediction', 'UNetPredictor']
 # %% ../nbs/15_inference.ipynb #8dc78224
 import copy
 import io
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from .overlays import CLASS_COLORS, overlay_mask
 from .transforms import prepare_image, resize_image
 from .unet_model import UNet
 
+_log = logging.getLogger(__name__)
+
 # %% ../nbs/15_inference.ipynb #cc63d8b8
 def find_checkpoint(
     path: str | Path,  # A checkpoint, or the folder of a run, or its folder of checkpoints
@@ -35,12 +38,24 @@ def find_checkpoint(
     "The checkpoint that a path means; raises `CheckpointError` where a folder has no best model. Whether a file is good is not looked at."
     path = Path(path).expanduser()
     if not path.is_dir():
-        return path
+        return _of_newest_run(path)
     for folder in (path / "checkpoints", path):
         if (folder / "best_model.pth").is_file():
             return folder / "best_model.pth"
     there = sorted(p.relative_to(path).as_posix() for p in [*path.glob("*.pth"), *path.glob("checkpoints/*.pth")])
     raise CheckpointError(f"{path} has no best_model.pth. {'Name one of: ' + ', '.join(there) if there else 'It holds no checkpoint'}.")
+
+
+def _of_newest_run(path):
+    "What `checkpoints/NAME` means where no such folder is: the file of the newest run in `runs/`, if it has it; any other path is itself"
+    if path.parent != Path("checkpoints") or path.parent.exists():
+        return path
+    newest = max(Path("runs").glob("*/checkpoints/*.pth"), key=lambda file: file.stat().st_mtime, default=path)
+    meant = newest.with_name(path.name)
+    if not meant.is_file():
+        return path
+    _log.warning("There is no folder %s here. Taken is %s, of the newest run in runs/.", path.parent, meant)
+    return meant
 
 # %% ../nbs/15_inference.ipynb #13bfd7bb
 def _rebuild(state, path):
