@@ -42,10 +42,8 @@ class _Saving(Resuming, TrainerState):
             "parts": parts,
             "data": keepable(self.preprocessing, "dataset.preprocessing", whole=True),
             "threshold": self.threshold,
-            "early_stopping": self.early_stopping.state_dict(),
-            "history": self.history.state_dict(),
-            "settings": self.changed_settings,
-            "seed": self.seed, "torch": str(torch.__version__),
+            "early_stopping": self.early_stopping.state_dict(), "history": self.history.state_dict(),
+            "settings": self.changed_settings, "seed": self.seed, "torch": str(torch.__version__),
         }
 
     def _weights_state(self):
@@ -95,7 +93,9 @@ class _Writing(_Positioned):
         optimizer_state: Mapping | None = None,  # Stored instead of the optimizer's own state
         scheduler_state: Mapping | None = None,  # Stored instead of the scheduler's own state
     ) -> Path:  # The file
-        "Write the whole run to a file that plain `torch.load` reads; raises `CheckpointError` if the disk refuses or the weights are not finite, `RuntimeError` amid a step."
+        "Write the whole run to a file that plain `torch.load` reads; raises `CheckpointError` if the disk refuses or the weights are not finite, `RuntimeError` amid a step, `ValueError` without a model."
+        if self.model is None:
+            raise ValueError("A checkpoint needs a model: UNetTrainer(model, train_loader, val_loader).")
         aside = self._thread not in (None, threading.get_ident()) and self.run.state != "paused"
         if self.run is not None and not self.run.ended and (aside or not self._at_boundary):
             raise RuntimeError("The training is in the middle of a step, which no file can hold. Use run.save(), or pause first.")
