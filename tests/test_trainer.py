@@ -389,3 +389,16 @@ def test_an_epoch_goes_on_with_larger_batches(make, loaders):
     for one in (trainer, resumed):
         assert one.global_step == 7 and len(one.history) == 1
         assert [event["text"][:25] for event in one.history.events if event["kind"] == "problem"] == ["The loader has 2 batches,"]
+
+
+def test_epochs_that_were_added_are_still_wanted_after_the_run_went_back(make):
+    def poison(trainer):
+        if trainer.global_step == 3 and trainer.total_epochs == 2:
+            trainer.run.set("epochs", 4)
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(math.nan)
+
+    trainer = make(on_nonfinite="rollback")
+    trainer.observers.add(Watch(poison))
+    trainer.train(2)
+    assert any("went back" in event["text"] for event in trainer.history.events) and len(trainer.history) == 4

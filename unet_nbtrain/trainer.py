@@ -101,9 +101,9 @@ class _GoingBack(_Epochs):
                 f"{cause} The run went back {_MOST_ROLLBACKS} times and did not get past this. Look for broken images, lower the learning rate "
                 f"(now {self.learning_rate:g}) or set trainer.gradient_clip_norm = 1.0. The trainer is back at its last checkpoint."
             )
-        rate = self.learning_rate
+        rate, total = self.learning_rate, self.total_epochs
         self._roll_back()
-        self._bad_steps, self._poisoned = BadSteps(), ""
+        self._bad_steps, self._poisoned, self.total_epochs = BadSteps(), "", total
         if 0 < min(rate, self.learning_rate) < math.inf:
             self.set("lr", min(rate, self.learning_rate) / 2)
         self._report(f"{cause} The run went back to step {self.global_step} and goes on with a learning rate of {self.learning_rate:g}.")
