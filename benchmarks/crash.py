@@ -64,7 +64,7 @@ class Recorder:
         self.file, self.board = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), board
 
     def write(self, **line):
-        os.write(self.file, (json.dumps({"pid": os.getpid(), **line}) + "\n").encode())
+        os.write(self.file, ("\n" + json.dumps({"pid": os.getpid(), **line})).encode())  # A line that a kill cuts short stands alone
 
     def on_run_start(self, trainer):
         stray = [p.name for p in trainer.run_dir.rglob("*") if "tmp" in p.name and str(os.getpid()) not in p.name]
@@ -81,6 +81,11 @@ class Recorder:
     def on_run_end(self, trainer, reason):
         self.board.phase("end")
         self.write(kind="end", reason=reason, step=trainer.global_step)
+
+
+def noted(text):
+    """What trainees have written, without lines that a kill has cut short: nothing was saved yet of such a batch, and it comes again"""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
 class Board:
@@ -255,7 +260,7 @@ class Runs:
 
     def check(self, folder, schedule, tensorboard):
         """A complete run beside the one that nobody disturbed"""
-        lines = [json.loads(line) for line in folder.with_suffix(".lines").read_text().splitlines()]
+        lines = noted(folder.with_suffix(".lines").read_text())
         reference, before = self.references[schedule], len(self.problems)
         for text in differences(lines, reference["losses"]):
             self.say(folder, text)
@@ -390,7 +395,7 @@ def reference_of(root, schedule):
     if hung or status:
         raise RuntimeError("The undisturbed run failed: " + folder.with_suffix(".out").read_text()[-3000:])
     seconds = time.monotonic() - began
-    lines = [json.loads(line) for line in folder.with_suffix(".lines").read_text().splitlines()]
+    lines = noted(folder.with_suffix(".lines").read_text())
     return {"seconds": seconds, "losses": losses(lines), "content": content(folder)}
 
 

@@ -49,6 +49,16 @@ def test_one_other_bit_is_seen(crash):
     assert crash.bits({"a": same}) != crash.bits({"a": torch.tensor([1.0, 0.0])}) and crash.bits(same) != crash.bits(same.double())
 
 
+def test_a_line_that_a_kill_cut_short_is_left_out(crash, tmp_path):
+    path = tmp_path / "a.lines"
+    recorder = crash.Recorder(path, None)
+    recorder.write(kind="train", step=1)
+    os.write(recorder.file, b'\n{"pid": 7, "kind": "tr')
+    recorder.write(kind="train", step=2)
+    os.close(recorder.file)
+    assert [(line["kind"], line["step"]) for line in crash.noted(path.read_text())] == [("train", 1), ("train", 2)]
+
+
 def test_steps_that_are_done_again_are_counted(crash):
     start = [{"pid": 1, "kind": "start", "step": 0}, {"pid": 2, "kind": "start", "step": 3}, {"pid": 3, "kind": "start", "step": 3}]
     steps = lines((1, "train", 4, ""), (1, "train", 5, ""))
