@@ -38,7 +38,7 @@ class _Saving(Resuming, TrainerState):
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": keepable(self.scheduler.state_dict(), "the schedule") if self.scheduler is not None else None,
             "scaler_state_dict": self.scaler.state_dict() if self.scaler else None,
-            **{name: parts[name] for name in ("scheduler", "optimizer")},
+            "scheduler": parts["scheduler"], "optimizer": parts["optimizer"],
             "parts": parts,
             "data": keepable(self.preprocessing, "dataset.preprocessing", whole=True),
             "threshold": self.threshold,
