@@ -112,6 +112,7 @@ class _Line:
                 self._asleep = False
                 if not self._waiting:
                     return
+                self._take()
             self._work_off()
 
     def _rest(self):
@@ -120,11 +121,13 @@ class _Line:
             return 0 if self._closing else None
         return self.pace.rest if self._waiting[0].replaceable and not self._hurry else 0
 
+    def _take(self):
+        "Begin with the job that waits longest; by whoever holds the lock, or a newer one might replace it meanwhile"
+        self._busy = self._waiting.pop(0)
+        self._changed.notify_all()
+
     def _work_off(self):
-        "The job that waits longest"
-        with self._changed:
-            self._busy = self._waiting.pop(0)
-            self._changed.notify_all()
+        "The job that was taken"
         with self.pace.measured():
             self._busy.run()
         with self._changed:
@@ -138,6 +141,10 @@ class _Line:
         "Whether anything is still to be written."
         return bool(self._waiting) or self._busy is not None
 
+# %% ../nbs/12_writer.ipynb #8f7e8a53
+class _Places(_Line):
+    "Making room in the line, and the thread that goes through it"
+
     def _start(self):
         "Have a thread; where there can be none, as when Python is ending, the job is done here"
         if self._thread is not None:
@@ -146,12 +153,10 @@ class _Line:
         try:
             thread.start()
         except RuntimeError:
+            with self._changed:
+                self._take()
             return self._work_off()
         self._thread = thread
-
-# %% ../nbs/12_writer.ipynb #8f7e8a53
-class _Places(_Line):
-    "Making room in the line"
 
     def _drop(self, jobs):
         "Take these out of those that wait"
