@@ -233,6 +233,21 @@ def _mixes_imports(source):
     return {isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes} == {True, False}
 
 
+def timed(nb):
+    """No check of a duration: on a busy machine it fails one day. What a thing takes is shown, and measured in `benchmarks`."""
+    watches = {"perf_counter", "process_time", "timeit"}
+    for cell in nb.cells:
+        statements = [o for o in ast.walk(ast.parse("\n".join(cell.lines) * cell.is_example)) if isinstance(o, ast.stmt)]
+        for node in sorted(statements, key=lambda o: o.lineno):
+            parts = list(ast.walk(node))
+            named = {o.attr if isinstance(o, ast.Attribute) else o.id for o in parts if isinstance(o, (ast.Attribute, ast.Name))}
+            if isinstance(node, (ast.Assign, ast.FunctionDef)):
+                held = {node.name} if isinstance(node, ast.FunctionDef) else {ast.unparse(o).split("[")[0] for o in node.targets}
+                watches = watches | held if named - held & watches else watches - held
+            if isinstance(node, ast.Assert) and named & watches and any(isinstance(o, ast.Compare) for o in parts):
+                yield f"cell {cell.number}: asserts a duration ({', '.join(sorted(named & watches))}); show it instead"
+
+
 def rows(nb):
     """No wall of code: few exported cells in a row, few examples in a row. Hidden cells are not seen and break no row."""
     length, before = 0, None

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from imagetools import save
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset
 
 from unet_nbtrain import UNetTrainer, create_dataloaders, create_optimizer
@@ -40,6 +42,18 @@ def folders(tmp_path_factory):
 
 def train_loader(folders, **options):
     return create_dataloaders(*folders, **{"batch_size": 4, "val": [0], "augment": None, "num_workers": 0, "seed": 1} | options)[0]
+
+
+class Operations(TorchDispatchMode):
+    "Counts the operations of PyTorch by name, such as `copy_`"
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **kwargs or {})
 
 
 @pytest.fixture
@@ -347,20 +361,19 @@ def large(tmp_path_factory):
 
 @pytest.mark.parametrize("fed", [False, True], ids=["loader", "feed"])
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_an_epoch_costs_hardly_more_than_ready_tensors(large, tmp_path, one_thread, fed, kind):
+def test_a_cached_image_is_written_once_into_its_place_in_the_batch(large, tmp_path, fed, kind):
+    """As cheap as ready tensors, which `benchmarks.data` measures: for each image and mask one copy, for each image one division, for each batch two new tensors."""
     loader = train_loader(large, batch_size=8, cache=True if kind == "memory" else tmp_path / "cache")
-    images, masks = (torch.stack(o).contiguous() for o in zip(*(loader.dataset[i] for i in range(64))))
-    feed, ratios = Feed(loader, 0), []
-    for epoch in range(9):
-        began = time.thread_time()
-        for index in torch.randperm(64).split(8):
-            assert len((images[index], masks[index])) == 2
-        ready = time.thread_time() - began
-        for batch in feed.batches(epoch) if fed else loader:
-            assert batch[0].shape == (8, 3, 256, 256) and batch[0].dtype == torch.float32 and batch[1].shape == (8, 1, 256, 256)
-        ratios.append((time.thread_time() - began - ready) / ready)
+    feed = Feed(loader, 0)
+    for epoch in range(2):
+        with Operations() as done:
+            for batch in feed.batches(epoch) if fed else loader:
+                assert batch[0].shape == (8, 3, 256, 256) and batch[0].dtype == torch.float32 and batch[1].shape == (8, 1, 256, 256)
     feed.close()
-    assert sorted(ratios[1:])[3] < 1.3, ratios
+    free = {"detach", "unbind", "lift_fresh", "randperm", "random_", "_local_scalar_dense", "_record_function_enter_new", "_record_function_exit"}
+    work = {name: n for name, n in done.counts.items() if name not in free}
+    seed = 0 if fed else 1  # PyTorch's loader draws one for its workers
+    assert work == {"copy_": 128, "div_": 64, "empty": 16 + seed}
 
 
 # Augmentation on the device

@@ -30,7 +30,7 @@ def test_module(path):
 
 @pytest.mark.parametrize("nb", ESSAYS)
 def test_essay(nb):
-    report(nb, gates.shape(nb), gates.each_cell(nb), gates.rows(nb), gates.prose(nb), gates.checked(nb))
+    report(nb, gates.shape(nb), gates.each_cell(nb), gates.rows(nb), gates.timed(nb), gates.prose(nb), gates.checked(nb))
 
 
 @pytest.mark.parametrize("nb", ALL)
@@ -186,7 +186,7 @@ def essay(tmp_path):
 
 
 LONG = "mImEmxxmxxmxxm" + "xmxm" * 5
-ESSAY_RULES = gates.shape, gates.each_cell, gates.rows, gates.prose, gates.checked
+ESSAY_RULES = gates.shape, gates.each_cell, gates.rows, gates.timed, gates.prose, gates.checked
 
 
 def test_a_good_essay_passes(essay):
@@ -208,6 +208,10 @@ def test_a_good_essay_passes(essay):
         ("mIEEm", {}, gates.rows, "more than 2 exported cells in a row"),
         ("mIEhEm", {}, gates.rows, "more than 2 exported cells in a row"),
         ("mxxxhx", {}, gates.rows, "more than 3 example cells in a row"),
+        ("mx", {"x": "assert time.perf_counter() - began < 5"}, gates.timed, "asserts a duration"),
+        ("mxh", {"x": "ms = {}\nms['a'] = timeit.timeit('f()')\nassert max(ms.values()) < 2"}, gates.timed, "duration .ms"),
+        ("mx", {"x": "for i in 1, 2:\n    ms = time.process_time() - i\nassert ms < 9"}, gates.timed, "duration .ms"),
+        ("mx", {"x": "def took(): return time.process_time()\nlate = took() - 3\nassert late < 1"}, gates.timed, "duration .late"),
         ("xEx", {}, gates.prose, "no markdown beside twice"),
         ("mIEx", {}, gates.prose, "no markdown beside twice"),
         ("xEx", {"E": "#| export\nLIMIT = 3", "x": "assert LIMIT"}, gates.prose, "no markdown beside LIMIT"),
