@@ -241,6 +241,35 @@ def aside(folder):
     return sorted(path.name for path in place.glob("*")), (place / "best_model.pth").read_bytes()
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["resume", "load_checkpoint"])
+def test_a_run_that_comes_from_elsewhere_puts_the_one_that_is_there_aside(tmp_path, loaded):
+    """Two attempts from one file, in one folder: the first attempt is still there. Its own files, and what was put aside, move nothing"""
+    trainer_of(tmp_path / "first", ours()).train(1)
+    trainer_of(tmp_path / "second", ours()).train(2, resume=tmp_path / "first" / "checkpoints" / "last.pth")
+    best, source = ((tmp_path / name / "checkpoints" / "best_model.pth").read_bytes() for name in ("second", "first"))
+    assert not (tmp_path / "second" / "checkpoints" / "replaced").exists()
+    again = trainer_of(tmp_path / "second", ours())
+    if loaded:
+        again.load_checkpoint(tmp_path / "first" / "checkpoints" / "last.pth")
+        again.train(1)
+    else:
+        again.train(3, resume=tmp_path / "first")
+    assert aside(tmp_path / "second")[1] == best and (tmp_path / "first" / "checkpoints" / "best_model.pth").read_bytes() == source
+    assert (tmp_path / "second" / "checkpoints" / "best_model.pth").exists()
+    for file in ("last.pth", "replaced/last.pth"):
+        trainer_of(tmp_path / "second", ours()).train(4, resume=tmp_path / "second" / "checkpoints" / file)
+        assert aside(tmp_path / "second")[1] == best
+
+
+def test_a_fine_tuning_in_the_same_object_puts_the_first_run_aside(tmp_path):
+    trainer = trainer_of(tmp_path, ours())
+    trainer.train(1)
+    best = (tmp_path / "checkpoints" / "best_model.pth").read_bytes()
+    trainer.load_checkpoint(tmp_path / "checkpoints" / "best_model.pth", strict=False)
+    trainer.train(1)
+    assert aside(tmp_path)[1] == best
+
+
 def test_a_second_run_in_a_folder_puts_the_first_one_aside(tmp_path, caplog):
     """A cell that was run twice: the first run is still there, whole, and can be gone on with"""
     trainer_of(tmp_path, ours()).train(2)

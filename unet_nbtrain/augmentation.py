@@ -66,11 +66,8 @@ def _relight(image, brightness, contrast, gamma):
 
 # %% ../nbs/04_augmentation.ipynb #21e7e90b
 @dataclass(frozen=True)
-class AugmentationPipeline:
-    """Changes an image and its mask together: `pipeline(image, mask, seed)`, a pure function of the three.
-
-    Each number is a limit; the amount is drawn evenly between its negative and itself, for every image anew.
-    """
+class _Limits:
+    "How far each change may go: the amount is drawn evenly between the number's negative and itself, for every image anew"
 
     orient: bool = False  # Whether to mirror and turn by quarters (half turns only where the image is not square)
     upright: bool = False  # Whether up and down mean something: then only left-right mirroring
@@ -83,6 +80,18 @@ class AugmentationPipeline:
     gamma: float = 0.0  # 0.25 means an exponent between 1/1.25 and 1.25
     noise: float = 0.0  # Standard deviation of the strongest Gaussian noise
     ignore_index: int | None = None  # Label for mask pixels from outside the image; `None`: the mask is reflected
+
+    def __post_init__(self):
+        if self.ignore_index is not None and abs(int(self.ignore_index)) > 2**24:
+            raise ValueError(f"ignore_index={self.ignore_index}: masks are bent as 32-bit floats, which are exact up to {2**24}. Use a value nearer to 0, such as 255 or -1.")
+
+# %% ../nbs/04_augmentation.ipynb #565e4f39
+@dataclass(frozen=True)
+class AugmentationPipeline(_Limits):
+    """Changes an image and its mask together: `pipeline(image, mask, seed)`, a pure function of the three.
+
+    Each number is a limit; the amount is drawn evenly between its negative and itself, for every image anew.
+    """
 
     def __call__(
         self,
@@ -132,15 +141,13 @@ def _factor(u, limit):
 
 
 def _check_pair(image, mask, ignore_index):
-    "Raise `ValueError` unless image (C, H, W) is float, mask is (H, W) or (1, H, W) of the same size, and its dtype and float32 can hold the label"
+    "Raise `ValueError` unless image (C, H, W) is float, mask is (H, W) or (1, H, W) of the same size, and its dtype can hold the label"
     if image.ndim != 3 or not image.is_floating_point():
         raise ValueError(f"image must be a float tensor (C, H, W); this one is {image.dtype} {tuple(image.shape)}.")
     if mask.shape not in (image.shape[-2:], (1, *image.shape[-2:])):
         raise ValueError(
             f"mask must be (H, W) or (1, H, W) with the image's H and W {tuple(image.shape[-2:])}; this one is {tuple(mask.shape)}."
         )
-    if ignore_index is not None and abs(int(ignore_index)) > 2**24:
-        raise ValueError(f"ignore_index={ignore_index}: masks are bent as 32-bit floats, which are exact up to {2**24}. Use a value nearer to 0, such as 255 or -1.")
     if ignore_index is not None and int(torch.full((), ignore_index).to(mask.dtype)) != ignore_index:
         raise ValueError(f"ignore_index={ignore_index} does not fit in a mask of {mask.dtype}. Convert the mask to torch.int64.")
 

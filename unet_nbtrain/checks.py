@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, IterableDataset
 
 from .checkpoint import CheckpointError, to_plain
-from .core import dataset_attribute, length_of, unwrap
+from .core import dataset_attribute, length_of, parts_with, unwrap
 from .schedulers import scheduler_length
 
 _log = logging.getLogger(__name__)
@@ -54,18 +54,10 @@ def check_loader(
         raise TypeError(f"{name} is a {type(loader).__name__}, which is empty after one epoch. Give a DataLoader, or list({name}) if it fits into memory.")
     if length_of(loader) == 0:
         raise ValueError(f"{name} has no batch: it is empty, or drop_last=True and there are fewer samples than batch_size.")
-    kinds = _kinds_of_augmentation(getattr(loader, "dataset", None))
+    changes = [getattr(part, "batch_transform", None) for part in parts_with(getattr(loader, "dataset", None), "batch_transform")]
+    kinds = [tuple(getattr(change, name, change) for name in ("pipeline", "mean", "std")) for change in changes]  # But for the seed
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"{name} mixes data sets that want their batches augmented on the device in different ways, or not at all, and a batch may have images of each. Give all of them the same augment, or augment_on='loader'.")
-
-
-def _kinds_of_augmentation(dataset):
-    "What each part of a data set wants done with whole batches, its seed apart"
-    change = getattr(dataset, "batch_transform", None)
-    parts = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
-    if change is not None or parts == [None]:
-        return [tuple(getattr(change, name, change) for name in ("pipeline", "mean", "std"))]
-    return [kind for part in parts for kind in _kinds_of_augmentation(part)]
 
 # %% ../nbs/13_checks.ipynb #d87446aa
 def shared_samples(

@@ -21,6 +21,7 @@ from .arguments import build_parser, complete, parse_val
 from .checkpoint import CheckpointFolder
 from .evaluation import evaluate, folder_loader
 from .files import atomic_write
+from .guard import is_out_of_memory
 from .inference import UNetPredictor
 from .predict_folder import predict_folder
 from .recipe import make_trainer
@@ -249,7 +250,7 @@ def main(
     except (FloatingPointError, BadSample, WorkersDied) as error:
         return _fail(1, error)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in ("allocate memory", "out of memory")):
+        if not is_out_of_memory(error):
             raise
         return _fail(1, "the memory is too small for this. Lower --batch-size, --crop, --image-size or --width, or use --device cpu.")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['available_devices', 'get_device', 'get_amp_dtype', 'derive_seed', 'seed_step', 'exact_kernels', 'split_batch', 'move',
-           'Carrier', 'unwrap', 'length_of', 'dataset_attribute', 'natural_key']
+           'Carrier', 'unwrap', 'length_of', 'parts_with', 'dataset_attribute', 'natural_key']
 
 # %% ../nbs/00_core.ipynb #38b8b481
 import hashlib
@@ -206,17 +206,25 @@ def length_of(
         return None
 
 # %% ../nbs/00_core.ipynb #1d84a890
+def parts_with(
+    dataset: object,  # Any data set, perhaps made of others
+    name: str,  # The attribute that is looked for
+) -> list:  # Of data sets; at least one
+    "The data sets inside one that have this attribute, and those that are made of no others and lack it."
+    parts = getattr(dataset, "datasets", None)
+    parts = parts if isinstance(parts, (list, tuple)) and parts else [getattr(dataset, "dataset", None)]
+    if parts[0] is None or getattr(dataset, name, None) is not None:
+        return [dataset]
+    return [inner for part in parts for inner in parts_with(part, name)]
+
+# %% ../nbs/00_core.ipynb #69906ecd
 def dataset_attribute(
     loader: object,  # A loader, or anything else: then there is nothing to find
     name: str,  # The attribute
     kind: type = object,  # What it must be; another thing of that name is somebody else's
 ) -> object:  # Its value, or `None`
     "An attribute of a loader's data set, looked for also inside `Subset` and (its first part) `ConcatDataset`."
-    inside = getattr(loader, "dataset", None)
-    while inside is not None and getattr(inside, name, None) is None:
-        parts = getattr(inside, "datasets", None) or [None]
-        inside = getattr(inside, "dataset", parts[0])
-    found = getattr(inside, name, None)
+    found = getattr(parts_with(getattr(loader, "dataset", None), name)[0], name, None)
     return found if isinstance(found, kind) else None
 
 # %% ../nbs/00_core.ipynb #7ed6c235

@@ -272,7 +272,7 @@ class BadSteps(_Noted):
         return bad
 
 # %% ../nbs/12_guard.ipynb #5c1106a1
-_FULL = re.compile(r"can't allocate memory|out of memory|bad_alloc|could not (create a memory object|(create|execute) a primitive(?! descriptor))")
+_FULL = re.compile(r"can't allocate memory|out of memory|bad_alloc|_STATUS_ALLOC_FAILED|could not (create a memory object|(create|execute) a primitive(?! descriptor))")
 
 
 def is_out_of_memory(

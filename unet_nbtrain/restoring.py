@@ -250,6 +250,7 @@ class Restoring(_Applying):
         if not strict:
             return self._fine_tune(state, path)
         self._load(state, Path(path))
+        self._origin = Path(path)
         return []
 
     def _fine_tune(self, state, path):
@@ -286,5 +287,5 @@ class Resuming(Restoring):
         else:
             state, path = load_file(resume), Path(resume)
         self._load(state, path)
-        self._origin = path.stem
+        self._origin = path
         self.history.mark("resumed", self.progress, self.global_step, path.name)

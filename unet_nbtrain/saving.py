@@ -84,7 +84,7 @@ class _Positioned(_Saving):
 class _Writing(_Positioned):
     "Writing that dictionary, here or into the run's folder"
 
-    _writer, _lock, _owed, _begun = None, None, frozenset(), False
+    _writer, _lock, _owed = None, None, frozenset()
 
     def save_checkpoint(
         self,
@@ -192,12 +192,14 @@ class _InFolder(_Outcome):
         for folder in {self.checkpoint_dir, self.run_dir or self.checkpoint_dir}:
             sweep(folder, own=self._lock is not None)
 
-    def _begin_anew(self, model):
-        "Before a run's first file: another run's files go aside, and what is infinite in the model by design is noted"
-        if not (self._begun or self.current_epoch):
+    def _make_room(self):
+        "Before a run's first file: the files of another run go aside, and the best weights are owed if they are of another folder"
+        goes_on = self._folder.folder.resolve() in self._origin.resolve().parents if self._origin else self.current_epoch
+        if not (self._begun or goes_on):
             put_aside(self._folder, self.run_dir)
         self._begun = True
-        self._infinite_at_start = [name for name, o in model.state_dict().items() if torch.is_tensor(o) and o.is_floating_point() and o.isinf().any()]
+        if self.best_weights.available and not self._folder.best.exists():
+            self._owed |= {self._folder.best}
 
     def _leave_folder(self):
         "The end of a run: everything on the disk, no thread, and the folder is free"
@@ -224,8 +226,6 @@ class _Weights(_InFolder):
 class _Cadence(_Weights):
     "What is written when"
 
-    _origin = ""
-
     def _save_epoch(self, best):
         folder, epoch, names = self._folder, self.current_epoch, []
         if best:
@@ -242,7 +242,7 @@ class _Cadence(_Weights):
         folder, epoch, newest, few = self._folder, self.current_epoch, self.keep_epochs, self._top_epochs() if self.save_top_k else None
         if few is None and not newest:
             return None
-        origin = [int(text) for text in self._origin.rsplit("_", 1)[1:] if text.isdecimal()]
+        origin = [int(text) for text in self._origin.stem.rsplit("_", 1)[1:] if text.isdecimal()] if self._origin else []
 
         def prune():
             if few is not None:

@@ -65,7 +65,7 @@ class _Blank:
         self.current_epoch = self.total_epochs = self.global_step = 0
         self.phase, self.batch, self.num_batches = "idle", 0, None
         self._folder = self._train_metrics = self._data_size = None
-        self._last_weights = LastWeights()
+        self._last_weights, self._begun, self._origin = LastWeights(), False, None
         self._start_batch, self._spent, self._began, self._at_boundary = 0, 0.0, 0.0, True
         self._waited, self._images, self._checked, self._looked = 0.0, 0, False, False
         self.averaged = self.val_batch = self._aside = None

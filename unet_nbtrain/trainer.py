@@ -213,10 +213,10 @@ class _Life(_Endings):
         self._bad_steps, self._rollbacks, self._gone_back, self._images_are_bad, self._poisoned = BadSteps(self.nonfinite_in_a_row), 0, set(), False, ""
         self._open_feeds()
         self._recall_last()
-        if self.best_weights.available and not self._folder.best.exists():
-            self._owed |= {self._folder.best}  # Of another folder, from which this run goes on
+        self._make_room()
         if self.global_step == 0:
-            self._begin_anew(unwrap(self.model))
+            weights = unwrap(self.model).state_dict().items()
+            self._infinite_at_start = [name for name, o in weights if torch.is_tensor(o) and o.is_floating_point() and o.isinf().any()]
             if self._save() is None and self._poisoned:
                 raise FloatingPointError(f"The model holds NaN before its first step. {self._poisoned}")
         if text := schedule_misfit(self.scheduler, self._unit, self.total_epochs, length_of(self.train_loader), self.accumulate_gradients, self.progress):
