@@ -39,7 +39,7 @@ class Watch:
     def on_batch_end(self, trainer, loss):
         now = time.perf_counter()
         if trainer.phase == "train" and self.last is not None and trainer.batch > 1:
-            self.steps.append((trainer._writer is not None and trainer._writer.is_busy, now - self.last))
+            self.steps.append((trainer._writer.is_busy, now - self.last))
         self.last, self.last_cpu = now, time.thread_time()
 
     def on_epoch_end(self, trainer, row):

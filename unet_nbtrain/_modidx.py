@@ -1668,6 +1668,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'unet_nbtrain/saving.py'),
                                      'unet_nbtrain.saving._Writing': ('saving.html#_writing', 'unet_nbtrain/saving.py'),
                                      'unet_nbtrain.saving._Writing._save': ('saving.html#_writing._save', 'unet_nbtrain/saving.py'),
+                                     'unet_nbtrain.saving._Writing._writer': ('saving.html#_writing._writer', 'unet_nbtrain/saving.py'),
                                      'unet_nbtrain.saving._Writing.save_checkpoint': ( 'saving.html#_writing.save_checkpoint',
                                                                                        'unet_nbtrain/saving.py')},
             'unet_nbtrain.scales': { 'unet_nbtrain.scales.Range': ('scales.html#range', 'unet_nbtrain/scales.py'),

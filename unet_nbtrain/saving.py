@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -38,8 +39,7 @@ class _Saving(Resuming, TrainerState):
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": keepable(self.scheduler.state_dict(), "the schedule") if self.scheduler is not None else None,
             "scaler_state_dict": self.scaler.state_dict() if self.scaler else None,
-            "scheduler": parts["scheduler"], "optimizer": parts["optimizer"],
-            "parts": parts,
+            "scheduler": parts["scheduler"], "optimizer": parts["optimizer"], "parts": parts,
             "data": keepable(self.preprocessing, "dataset.preprocessing", whole=True),
             "threshold": self.threshold,
             "early_stopping": self.early_stopping.state_dict(), "history": self.history.state_dict(),
@@ -84,7 +84,11 @@ class _Positioned(_Saving):
 class _Writing(_Positioned):
     "Writing that dictionary, here or into the run's folder"
 
-    _writer, _lock, _owed = None, None, frozenset()
+    _lock, _owed = None, frozenset()
+
+    @cached_property
+    def _writer(self):
+        return Writer()
 
     def save_checkpoint(
         self,
@@ -99,8 +103,7 @@ class _Writing(_Positioned):
         aside = self._thread not in (None, threading.get_ident()) and self.run.state != "paused"
         if self.run is not None and not self.run.ended and (aside or not self._at_boundary):
             raise RuntimeError("The training is in the middle of a step, which no file can hold. Use run.save(), or pause first.")
-        if self._writer is not None:
-            self._writer.flush()
+        self._writer.flush()
         given = {"epoch": epoch, "optimizer_state_dict": optimizer_state, "scheduler_state_dict": scheduler_state}
         return save_file(without_copies(self.state_dict) | {k: v for k, v in given.items() if v is not None}, path)
 
@@ -108,7 +111,8 @@ class _Writing(_Positioned):
         "Write into the run's folder and wait for the disk; the path, or `None` if it refused"
         self._finish_writing()
         try:
-            written = self._folder.save(without_copies(self.state_dict), path, also)
+            with self._writer.pace.measured():
+                written = self._folder.save(without_copies(self.state_dict), path, also)
         except (CheckpointError, MemoryError) as error:
             return self._not_written(error, also)
         self._written(also)
@@ -120,7 +124,7 @@ class _Aside(_Writing):
 
     def _save_aside(self, also=(), then=None, state=None, path=None):
         "Copy the state and have it written; `then` is done in the writer's thread once it is on the disk"
-        folder, self._writer = self._folder, self._writer or Writer()
+        folder = self._folder
 
         def write(copied):
             written = folder.save(copied, path, also)
@@ -141,7 +145,7 @@ class _Outcome(_Aside):
 
     def _collect(self):
         "Look at what the writer has done since the last time"
-        for job in self._writer.collect() if self._writer is not None else ():
+        for job in self._writer.collect():
             if job.error is None:
                 self._written(job.note)
             else:
@@ -172,23 +176,19 @@ class _InFolder(_Outcome):
 
     def _finish_writing(self):
         "Wait until everything that was handed over is on the disk, and tell what was not"
-        if self._writer is not None:
-            self._writer.flush()
-            self._collect()
+        self._writer.flush()
+        self._collect()
 
     def _close_writer(self):
         "`_finish_writing`, also for what that made due; no thread is left"
-        while self._writer is not None and (self._writer.finished or self._writer.is_busy):
+        while self._writer.finished or self._writer.is_busy:
             self._finish_writing()
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
 
     def _take_folder(self):
         "Keep other runs out of the folder, and clear away what dead ones left there"
-        if self._lock is None:
-            lock = FolderLock(self.checkpoint_dir)
-            if lock.take():
-                self._lock = lock
+        if self._lock is None and (lock := FolderLock(self.checkpoint_dir)).take():
+            self._lock = lock
         for folder in {self.checkpoint_dir, self.run_dir or self.checkpoint_dir}:
             sweep(folder, own=self._lock is not None)
 
@@ -280,7 +280,7 @@ class ResumableState(_Cadence):
 
     def _save_if_due(self):
         "The saves within an epoch that somebody asked for: every so many steps or minutes; and what became of earlier ones"
-        if self._writer is not None and self._writer.finished:
+        if self._writer.finished:
             self._collect()
         steps, minutes = self.save_every_n_steps, self.save_every_n_minutes
         by_steps = steps and self.global_step % steps == 0 and self.global_step != self._saved_step

@@ -101,7 +101,7 @@ class _Line:
         self._changed = threading.Condition()
         self._waiting, self._busy, self._thread = [], None, None
         self._closing, self._hurry, self._asleep, self._free = False, False, False, []
-        self.pace = Pace()  # Of the jobs that may be replaced
+        self.pace = Pace(share=0.0025)  # Of the jobs that may be replaced
 
     def _work(self):
         while True:
