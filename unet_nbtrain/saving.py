@@ -227,15 +227,15 @@ class _Cadence(_Weights):
     "What is written when"
 
     def _save_epoch(self, best):
-        folder, epoch, names = self._folder, self.current_epoch, []
+        folder, epoch, names, state = self._folder, self.current_epoch, [], without_copies(self.state_dict)
         if best:
-            self.best_weights.keep(self.evaluated_model)
+            self.best_weights.load_state_dict(state["model_state_dict"])
             names.append(folder.best)
         if self.save_every_n_epochs and epoch % self.save_every_n_epochs == 0:
             names.append(folder.numbered("epoch", epoch))
         if self.save_top_k and epoch in self._top_epochs():
             names.append(folder.numbered("top", epoch))
-        self._save_aside(names, self._prune())
+        self._save_aside(names, self._prune(), state)
 
     def _prune(self):
         "What removes the files that are not wanted any more, as things are now; never the one that this run came from"

@@ -19,6 +19,7 @@ import torch
 from .checkpoint import load_file
 from .events import Observers
 from .trainer import UNetTrainer
+from .writer import Writer
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def _short(value):
     return f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
 
 # %% ../nbs/18_verify.ipynb #f9745dc0
-_SHARED, _LEFT_OUT = ("train_loader", "val_loader", "device"), ("run", "_writer", "_lock")
+_SHARED, _LEFT_OUT = ("train_loader", "val_loader", "device"), ("run", "_lock")
 
 
 def twin_of(
@@ -64,7 +65,7 @@ def twin_of(
     if trainer.run is not None and not trainer.run.ended:
         raise RuntimeError(f"The trainer is {trainer.run.state}. Stop it before it is copied: trainer.run.stop().")
     memo = {id(getattr(trainer, name)): getattr(trainer, name) for name in _SHARED}
-    memo |= {id(getattr(trainer, name)): None for name in _LEFT_OUT} | {id(trainer.observers): Observers()}
+    memo |= {id(getattr(trainer, name)): None for name in _LEFT_OUT} | {id(trainer.observers): Observers(), id(trainer._writer): Writer()}
     twin = copy.deepcopy(trainer, memo)
     twin.run_dir, twin.checkpoint_dir, twin.log_dir, twin._wants_defaults = folder, folder / "checkpoints", folder / "log", False
     return twin
