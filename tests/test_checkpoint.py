@@ -8,7 +8,9 @@ import struct
 import threading
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -458,3 +460,24 @@ def test_a_state_that_somebody_saves_with_torch_itself_loads_safely(tmp_path):
     trainer.train(1)
     torch.save(trainer.state_dict(), tmp_path / "own.pth")
     assert equal(torch.load(tmp_path / "own.pth", weights_only=True)["model_state_dict"], dict(trainer.model.state_dict()))
+
+
+@contextmanager
+def _costs(pace, seconds):
+    "As if it took so long"
+    yield
+    pace.spent(seconds)
+
+
+def test_the_file_with_which_a_run_begins_counts_for_the_pace_of_the_next(tmp_path, monkeypatch):
+    "On a clock that stands still nothing is due after it: the best of two short epochs waits, and is on the disk at the end"
+    monkeypatch.setattr("unet_nbtrain.pace.time", SimpleNamespace(monotonic=lambda: 1000.0))
+    monkeypatch.setattr("unet_nbtrain.pace.Pace.measured", lambda pace: _costs(pace, 0.01))
+    there = []
+
+    class Look:
+        def on_epoch_end(self, trainer, row):
+            there.append((trainer._writer.pace.rest, trainer._writer.is_busy, (tmp_path / "checkpoints" / "best_model.pth").exists()))
+
+    trainer_in(tmp_path, observers=[Look()]).train(2)
+    assert there == [(4.0, True, False)] * 2 and (tmp_path / "checkpoints" / "best_model.pth").exists()

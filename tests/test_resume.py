@@ -3,6 +3,7 @@
 `FULL=1` tries every one of the first 40 steps with every number of workers; otherwise every third, and a few with workers.
 """
 
+import sys
 import os
 import random
 
@@ -259,6 +260,22 @@ def test_a_run_that_comes_from_elsewhere_puts_the_one_that_is_there_aside(tmp_pa
     for file in ("last.pth", "replaced/last.pth"):
         trainer_of(tmp_path / "second", ours()).train(4, resume=tmp_path / "second" / "checkpoints" / file)
         assert aside(tmp_path / "second")[1] == best
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
+def test_a_run_that_goes_on_from_its_own_folder_moves_nothing(tmp_path, monkeypatch):
+    """By a relative path, from another directory than the one in which it was loaded; by a link that lies in the folder"""
+    trainer_of(tmp_path / "run", ours()).train(1)
+    folder = tmp_path / "run" / "checkpoints"
+    monkeypatch.chdir(tmp_path)
+    moved = trainer_of(tmp_path / "run", ours())
+    moved.load_checkpoint("run/checkpoints/last.pth")
+    monkeypatch.chdir(folder)
+    moved.train(1)
+    (tmp_path / "elsewhere.pth").write_bytes((folder / "last.pth").read_bytes())
+    (folder / "link.pth").symlink_to(tmp_path / "elsewhere.pth")
+    trainer_of(tmp_path / "run", ours()).train(3, resume=folder / "link.pth")
+    assert not (folder / "replaced").exists()
 
 
 def test_a_fine_tuning_in_the_same_object_puts_the_first_run_aside(tmp_path):

@@ -1472,6 +1472,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unet_nbtrain.restore.load_best': ('restore.html#load_best', 'unet_nbtrain/restore.py'),
                                       'unet_nbtrain.restore.rewind': ('restore.html#rewind', 'unet_nbtrain/restore.py')},
             'unet_nbtrain.restoring': { 'unet_nbtrain.restoring.Restoring': ('restoring.html#restoring', 'unet_nbtrain/restoring.py'),
+                                        'unet_nbtrain.restoring.Restoring._come_from': ( 'restoring.html#restoring._come_from',
+                                                                                         'unet_nbtrain/restoring.py'),
                                         'unet_nbtrain.restoring.Restoring._fine_tune': ( 'restoring.html#restoring._fine_tune',
                                                                                          'unet_nbtrain/restoring.py'),
                                         'unet_nbtrain.restoring.Restoring.load_checkpoint': ( 'restoring.html#restoring.load_checkpoint',

@@ -249,9 +249,13 @@ class Restoring(_Applying):
         state = load_file(path)
         if not strict:
             return self._fine_tune(state, path)
-        self._load(state, Path(path))
-        self._origin = Path(path)
+        self._come_from(state, Path(path))
         return []
+
+    def _come_from(self, state, path):
+        "Take a state over and remember its file, in the folder where it is seen, which a link does not leave"
+        self._load(state, path)
+        self._origin = path.parent.resolve() / path.name
 
     def _fine_tune(self, state, path):
         names = list(unwrap(self.model).state_dict())
@@ -286,6 +290,5 @@ class Resuming(Restoring):
             state, path = CheckpointFolder(inside if inside.is_dir() else resume).load_newest()
         else:
             state, path = load_file(resume), Path(resume)
-        self._load(state, path)
-        self._origin = path
+        self._come_from(state, path)
         self.history.mark("resumed", self.progress, self.global_step, path.name)

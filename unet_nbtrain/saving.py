@@ -194,7 +194,7 @@ class _InFolder(_Outcome):
 
     def _make_room(self):
         "Before a run's first file: the files of another run go aside, and the best weights are owed if they are of another folder"
-        goes_on = self._folder.folder.resolve() in self._origin.resolve().parents if self._origin else self.current_epoch
+        goes_on = self._folder.folder.resolve() in self._origin.parents if self._origin else self.current_epoch
         if not (self._begun or goes_on):
             put_aside(self._folder, self.run_dir)
         self._begun = True
