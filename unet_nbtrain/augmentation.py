@@ -9,6 +9,7 @@ __all__ = ['AugmentationPipeline', 'get_augmentation_pipeline']
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +83,9 @@ class _Limits:
     ignore_index: int | None = None  # Label for mask pixels from outside the image; `None`: the mask is reflected
 
     def __post_init__(self):
-        if self.ignore_index is not None and abs(int(self.ignore_index)) > 2**24:
-            raise ValueError(f"ignore_index={self.ignore_index}: masks are bent as 32-bit floats, which are exact up to {2**24}. Use a value nearer to 0, such as 255 or -1.")
+        label = self.ignore_index
+        if label is not None and not (isinstance(label, Real) and abs(label) <= 2**24 and label == int(label)):
+            raise ValueError(f"ignore_index={label!r}: masks are bent as 32-bit floats, which are exact up to {2**24}. Use a whole number nearer to 0, such as 255 or -1, or None.")
 
 # %% ../nbs/04_augmentation.ipynb #565e4f39
 @dataclass(frozen=True)
