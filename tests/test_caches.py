@@ -6,15 +6,14 @@ import multiprocessing
 import os
 import sys
 import time
-from collections import Counter
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
+from counting import Operations
 from imagetools import save
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset
 
 from unet_nbtrain import UNetTrainer, create_dataloaders, create_optimizer
@@ -42,18 +41,6 @@ def folders(tmp_path_factory):
 
 def train_loader(folders, **options):
     return create_dataloaders(*folders, **{"batch_size": 4, "val": [0], "augment": None, "num_workers": 0, "seed": 1} | options)[0]
-
-
-class Operations(TorchDispatchMode):
-    "Counts the operations of PyTorch by name, such as `copy_`"
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.counts[function.overloadpacket.__name__] += 1
-        return function(*args, **kwargs or {})
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import types
 
 import pytest
 import torch
+from counting import Calls
 
 from unet_nbtrain import event_files
 from unet_nbtrain import tensorboard_logger as tensorboard_room
@@ -427,15 +428,14 @@ def test_the_loss_is_read_at_most_once_in_an_interval():
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["bar", "lines"])
 def test_a_batch_between_two_drawings_costs_a_look_at_the_clock(stream):
     "A thousand batches: each calls the bar and the clock and nothing else, and nothing is written"
-    trainer, loss, called = Trainer(), torch.tensor(0.5), []
+    trainer, loss = Trainer(), torch.tensor(0.5)
     bar = ProgressBar(stream=stream, interval=3600)
     bar.on_run_start(trainer)
     bar.on_epoch_start(trainer)
     written = stream.tell()
-    sys.setprofile(lambda frame, event, arg: called.append(event) if event in ("call", "c_call") else None)
-    for _ in range(1000):
-        bar.on_batch_end(trainer, loss)
-    sys.setprofile(None)
+    with Calls() as called:
+        for _ in range(1000):
+            bar.on_batch_end(trainer, loss)
     assert 1000 <= len(called) <= 2001 and stream.tell() == written
     bar.on_run_end(trainer, "")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import WAITING, Operations
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unet_nbtrain.losses import CompoundLoss, OverlapLoss, PixelLoss, SegmentationLoss, create_loss_function
 from unet_nbtrain.metrics import SegmentationMetrics
@@ -481,21 +481,6 @@ def test_weights_are_copied_and_move_with_the_module():
 # No waiting for the device
 
 
-class Recorder(TorchDispatchMode):
-    """Names of all operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "bincount", "_unique2", "equal", "is_nonzero"}
-
-
 @pytest.mark.parametrize("ignore_index", [None, 255])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("n_classes", "name"), ALL)
@@ -506,12 +491,12 @@ def test_nothing_is_read_from_the_device(n_classes, name, weighted, ignore_index
     loss = create_loss_function(n_classes, WEIGHTS[n_classes] if weighted else None, name, ignore_index)
     logits, labels = make_batch(n_classes, ignore_index=ignore_index)
     logits.requires_grad_()
-    with Recorder() as recorder:
+    with Operations() as recorder:
         loss(logits, labels).backward()
-    assert len(recorder.names) > 2 and not WAITING & recorder.names
-    with Recorder() as reading:
+    assert len(recorder.counts) > 2 and not WAITING & recorder.counts.keys()
+    with Operations() as reading:
         loss(logits, labels).item()
-    assert "_local_scalar_dense" in reading.names
+    assert "_local_scalar_dense" in reading.counts
     ghost = loss.to("meta")(logits.detach().to("meta").requires_grad_(), labels.to("meta"))
     ghost.backward()
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from counting import Operations
 
 from unet_nbtrain import EarlyStopping, SegmentationMetrics, UNet, UNetTrainer, create_scheduler, demo_dataloaders
 
@@ -289,16 +289,6 @@ def test_validation_samples_are_at_hand_after_the_run(make):
         assert torch.allclose(trainer.model(images), logits, atol=1e-5)
 
 
-class Reads(TorchDispatchMode):
-    """Counts how often a number is read from a tensor, which on a GPU waits for everything before it"""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "_local_scalar_dense" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_norm": 1.0}, {"ema_decay": 0.9}, {"accumulate_gradients": 2}], ids=str)
 def test_no_step_reads_a_number(tmp_path, options):
     """What is read is read once an epoch: four times as many steps read no more"""
@@ -306,9 +296,9 @@ def test_no_step_reads_a_number(tmp_path, options):
     for n_train in (16, 64):
         train, val = demo_dataloaders(n_train=n_train, n_val=4, size=32, batch_size=4)
         trainer = UNetTrainer(UNet(3, 1, width=4, depth=1), train, val, device="cpu", run_dir=tmp_path / str(n_train), observers=[], **options)
-        with Reads() as reads:
+        with Operations() as done:
             trainer.train(1)
-        found.append(reads.count)
+        found.append(done.counts["_local_scalar_dense"])
     assert found[0] == found[1] > 0
 
 
