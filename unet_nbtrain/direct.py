@@ -22,8 +22,11 @@ from .samples import BatchReader, Parcel, Randomness
 from .sampling import join_samples
 
 # %% ../nbs/07_direct.ipynb #7f3a5d55
-def _places(generator, offset):
-    return (ctypes.c_uint32 * 3).from_address(id(generator) + offset)
+_WORD = 4  # Bytes
+
+
+def _memory(address, words):
+    return memoryview((ctypes.c_ubyte * (_WORD * words)).from_address(address))
 
 
 def _is_there(offset):
@@ -31,7 +34,7 @@ def _is_there(offset):
     probe, found = random.Random(7), []
     for _ in range(2):
         state = probe.getstate()[1]
-        found.append(tuple(_places(probe, offset)) == (state[-1], *state[:2]))
+        found.append(_memory(id(probe) + offset, 3) == np.array((state[-1], *state[:2]), np.uint32).tobytes())
         probe.random()
     return all(found)
 
@@ -41,38 +44,65 @@ def _position_of(
 ) -> Callable[[], object]:  # Equal results mean that nobody has drawn meanwhile
     "A function that tells how far a generator is."
     size = random.Random.__basicsize__ if sys.implementation.name == "cpython" else 0
-    offset = next((o for o in range(0, min(size, 128), 4) if _is_there(o)), None)
+    offset = next((o for o in range(0, min(size, 128), _WORD) if _is_there(o)), None)
     if offset is None:
         return generator.getstate
-    numbers = _places(generator, offset)
-    return lambda: (*numbers, generator.gauss_next)
+    numbers = _memory(id(generator) + offset, 3)
+    return lambda: (numbers.tobytes(), generator.gauss_next)
 
 # %% ../nbs/07_direct.ipynb #edc156d5
+_LENGTH = 624  # Numbers in the state of a Mersenne twister
+
+
+def _tells_place(kind=np.random.MT19937):
+    "Whether NumPy's usual generator has its state where it says: looked at twice, with a draw between"
+    probe, found = kind(7), []
+    for _ in range(2):
+        state, address = probe.state["state"], probe.ctypes.state_address
+        found.append(_memory(address, _LENGTH + 1) == np.array((*state["key"], state["pos"]), np.uint32).tobytes())
+        probe.random_raw()
+    return all(found)
+
+
+def _numpy_position() -> Callable[[], object]:  # Equal results mean that nobody has drawn meanwhile
+    "A function that tells how far NumPy's global generator is, as long as it is the same one."
+    bits = np.random.get_bit_generator()
+    if type(bits) is not np.random.MT19937 or np.random.get_state(legacy=False)["has_gauss"] or not _tells_place():
+        return lambda: pickle.dumps(np.random.get_state(legacy=False))
+    address = bits.ctypes.state_address
+    numbers, used = _memory(address, 2), _memory(address + _WORD * _LENGTH, 1)
+    return lambda: (numbers.tobytes(), used.tobytes())
+
+# %% ../nbs/07_direct.ipynb #944e58ed
 class _Canary:
     "Watches the global generators of Python and NumPy: sings as long as nobody draws from them"
 
-    def __init__(
-        self,
-        seed: int,  # Any whole number
-    ):
-        self._python, self._at, self._state = random.getstate.__self__, None, None
-        self._where = _position_of(self._python)
-        self._numpy, self._twin = np.random.MT19937(seed % 2**32), np.random.Generator(np.random.MT19937(seed % 2**32))
+    def __init__(self):
+        self._python = random.getstate.__self__
+        self._python_position = _position_of(self._python)
+        self._look()
+
+    def _look(self):
+        "Note how everything is now"
+        self._bits, self._numpy_position = np.random.get_bit_generator(), _numpy_position()
+        self._states, self._at = (self._python.getstate(), np.random.get_state(legacy=False)), self._where()
+
+    def _where(self):
+        return self._python_position(), self._numpy_position()
 
     def begin(self) -> None:
         "From here on it watches."
-        if self._where() != self._at:
-            self._at, self._state = self._where(), self._python.getstate()
-        self._usual = np.random.get_bit_generator()
-        np.random.set_bit_generator(self._numpy)
+        if self._where() != self._at or np.random.get_bit_generator() is not self._bits:
+            self._look()
 
     def end(self) -> bool:
         "The generators are again as before; tells whether it has sung to the end."
-        if drawn := self._where() != self._at:
-            self._python.setstate(self._state)
-        sang = np.random.random_sample() == self._twin.random()
-        np.random.set_bit_generator(self._usual)
-        return sang and not drawn
+        if sang := self._where() == self._at:
+            return sang
+        self._python.setstate(self._states[0])
+        np.random.set_bit_generator(self._bits)
+        np.random.set_state(self._states[1])
+        return sang
 
 # %% ../nbs/07_direct.ipynb #ed5ec4a7
 def as_it_is(
@@ -161,7 +191,7 @@ class DirectReader:
 
     def _watched(self, ticket):
         "The parcel of a ticket, read while the canary watches"
-        self._canary = self._canary or _Canary(derive_seed(self._reader.seed, "canary"))
+        self._canary = self._canary or _Canary()
         generator = torch.default_generator
         state = generator.get_state()
         self._canary.begin()
