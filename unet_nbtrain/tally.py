@@ -74,16 +74,19 @@ class _Mean(_Waiting):
     def _unless(self, bad, value, weight):
         return value.where(bad == 0, 0), weight * (1 - bad)
 
-    def _add_up(self):
+    def _sums(self):
+        "Total and weight, with what waits; a weight of numbers stays one"
+        if not self._entries:
+            return self._total, self._weight
         values, weights = zip(*self._entries)
-        device = values[0].device
-        if self._total is None:
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            self._total, self._weight = (torch.zeros((), dtype=wide, device=device) for _ in range(2))
-        values = torch.stack(values).to(self._total.dtype)
-        alike = all(type(weight) is float and weight == weights[0] for weight in weights)
-        self._total = self._total + (values.sum() * weights[0] if alike else sum(v * w for v, w in zip(values.unbind(), weights)))
-        self._weight = self._weight + sum(weights)
+        values = torch.stack(values).to(torch.float32 if values[0].device.type == "mps" else torch.float64)
+        alike = set(map(type, weights)) == {float} and len(set(weights)) == 1
+        total = values.sum() * weights[0] if alike else sum(v * w for v, w in zip(values.unbind(), weights))
+        weight = sum(weights).to(total) if any(map(torch.is_tensor, weights)) else sum(weights)
+        return (total, weight) if self._total is None else (self._total + total, self._weight + weight)
+
+    def _add_up(self):
+        self._total, self._weight = self._sums()
         self._entries, self._certain = [], 0
 
 # %% ../nbs/12_tally.ipynb #1e20ceae
@@ -101,11 +104,9 @@ class RunningMean(_Mean):
         return self._read()[1]
 
     def _read(self):
-        "Total and weight, with what waits"
-        twin = copy.copy(self)
-        if self._entries:
-            twin._add_up()
-        return (0.0, 0.0) if twin._weight is None else (twin._total.item(), twin._weight.item())
+        "Total and weight as numbers"
+        total, weight = self._sums()
+        return (0.0, 0.0) if total is None else (float(total), float(weight))
 
     @property
     def is_empty(self) -> bool:
@@ -114,7 +115,7 @@ class RunningMean(_Mean):
 
     def state_dict(self) -> dict:  # Tensors and numbers; empty before the first value
         "What `load_state_dict` needs to go on in another process."
-        sums = {} if self._total is None else {"total": self._total, "weight": self._weight}
+        sums = {} if self._total is None else {"total": self._total, "weight": torch.as_tensor(self._weight, dtype=self._total.dtype, device=self._total.device)}
         waiting = [list(part) for part in zip(*self._entries)]
         return sums | ({"values": waiting[0], "weights": waiting[1]} if waiting else {})
 
@@ -175,6 +176,10 @@ class _Counting(_Waiting):
     def _unless(self, bad, kind, first, second, before):
         return kind, first, second, bad if before is None else torch.maximum(bad, before)
 
+# %% ../nbs/12_tally.ipynb #1a3a8fcc
+class _Together(_Counting):
+    "What waits, counted together"
+
     def _counts(self, entries):
         "The counts of entries of one kind: classes (N, n_classes, 3) and pixels (N, 3)"
         kinds, first, second, bad = zip(*entries)
@@ -186,22 +191,25 @@ class _Counting(_Waiting):
             first, second = first * good[:, None, None], second * good[:, None]
         return first, second
 
+    def _add(self, entries, metrics):
+        "Count entries into metrics"
+        groups = groupby(entries, lambda entry: (entry[0], entry[3] is None))
+        if counts := [self._counts(list(alike)) for _, alike in groups]:
+            metrics.add_counts(*(counts[0] if len(counts) == 1 else map(torch.cat, zip(*counts))))
+
     def _add_up(self):
-        groups = groupby(self._entries, lambda entry: (entry[0], entry[3] is None))
-        if counts := [self._counts(list(entries)) for _, entries in groups]:
-            self.metrics.add_counts(*(torch.cat(part) for part in zip(*counts)))
+        self._add(self._entries, self.metrics)
         self._entries, self._certain = [], 0
 
 # %% ../nbs/12_tally.ipynb #c88b5079
-class Counting(_Counting):
+class Counting(_Together):
     "Counts of a pass for a `SegmentationMetrics`: small batches wait and are counted together."
 
     def finish(self) -> SegmentationMetrics:  # A copy, with everything that is certain
         "The metrics with all that was counted so far."
-        twin = copy.copy(self)
-        twin.metrics, twin._entries = copy.copy(self.metrics), self._entries[: self._certain]
-        twin._add_up()
-        return twin.metrics
+        metrics = copy.copy(self.metrics)
+        self._add(self._entries[: self._certain], metrics)
+        return metrics
 
     def state_dict(self) -> dict:  # The sums, and counts that wait: tensors, and lists of tensors
         "What `load_state_dict` needs to go on in another process, with the same groups."
