@@ -145,3 +145,32 @@ def test_names_of_the_samples_of_a_batch():
     fresh = Feed(DataLoader(Numbers(), batch_size=5, shuffle=True), 0)
     assert fresh.samples(1, 2) == feed.samples(1, 2) and fresh.samples(1, 9) == []
     feed.close()
+
+
+class Rare(Numbers):
+    "Draws now and then, in one way"
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def __getitem__(self, index):
+        return torch.tensor([index, self.draw() if index in (5, 9) else 0.5], dtype=torch.float64)
+
+
+DRAWS = {"python": random.random, "gauss": lambda: random.gauss(0, 1), "numpy": np.random.rand, "randn": np.random.randn, "torch": lambda: torch.rand(()).item()}
+
+
+@pytest.mark.parametrize("outside", [lambda: None, np.random.randn, lambda: np.random.randn(2), lambda: random.gauss(0, 1)])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_data_set_that_draws_now_and_then_is_found_out(draw, outside):
+    "Whatever was drawn outside before, also where the second number of a pair waits there"
+    made = lambda: DataLoader(Rare(DRAWS[draw]), batch_size=2)
+    whole = taken(made())
+    outside()
+    expected = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    feed = Feed(made(), 5)
+    found = [batch.numpy().tobytes() for batch in feed.batches(0)]
+    feed.close()
+    now = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    assert found == whole and all(taken(made(), 0, start) == whole[start:] for start in range(6))
+    assert str(now) == str(expected) and torch.equal(now[2], expected[2])

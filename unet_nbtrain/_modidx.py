@@ -414,6 +414,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unet_nbtrain.direct._numpy_position': ('direct.html#_numpy_position', 'unet_nbtrain/direct.py'),
                                      'unet_nbtrain.direct._position_of': ('direct.html#_position_of', 'unet_nbtrain/direct.py'),
                                      'unet_nbtrain.direct._tells_place': ('direct.html#_tells_place', 'unet_nbtrain/direct.py'),
+                                     'unet_nbtrain.direct._waiting_place': ('direct.html#_waiting_place', 'unet_nbtrain/direct.py'),
                                      'unet_nbtrain.direct.as_it_is': ('direct.html#as_it_is', 'unet_nbtrain/direct.py')},
             'unet_nbtrain.disk': { 'unet_nbtrain.disk.FolderLock': ('disk.html#folderlock', 'unet_nbtrain/disk.py'),
                                    'unet_nbtrain.disk.FolderLock.__init__': ('disk.html#folderlock.__init__', 'unet_nbtrain/disk.py'),

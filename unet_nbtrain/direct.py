@@ -64,14 +64,26 @@ def _tells_place(kind=np.random.MT19937):
     return all(found)
 
 
+def _waiting_place(kind=np.random.RandomState):
+    "Where in a `RandomState` it says whether a number waits, and which: looked at four times, with a draw between; `None` if it is not found"
+    probe, found, size = kind(7), [], kind.__basicsize__ // _WORD
+    for _ in range(4):
+        probe.randn()
+        state = probe.get_state(legacy=False)
+        wanted = np.int64(state["has_gauss"]).tobytes() + np.float64(state["gauss"]).tobytes()
+        memory = _memory(id(probe), size).tobytes()
+        found.append({o for o in range(0, len(memory), 2 * _WORD) if memory[o : o + 16] == wanted})
+    return min(set.intersection(*found), default=None)
+
+# %% ../nbs/07_direct.ipynb #798ca893
 def _numpy_position() -> Callable[[], object]:  # Equal results mean that nobody has drawn meanwhile
     "A function that tells how far NumPy's global generator is, as long as it is the same one."
-    bits = np.random.get_bit_generator()
-    if type(bits) is not np.random.MT19937 or np.random.get_state(legacy=False)["has_gauss"] or not _tells_place():
+    bits, whole = np.random.get_bit_generator(), np.random.get_state.__self__
+    if type(bits) is not np.random.MT19937 or type(whole) is not np.random.RandomState or not _tells_place() or (place := _waiting_place()) is None:
         return lambda: pickle.dumps(np.random.get_state(legacy=False))
     address = bits.ctypes.state_address
-    numbers, used = _memory(address, 2), _memory(address + _WORD * _LENGTH, 1)
-    return lambda: (numbers.tobytes(), used.tobytes())
+    parts = _memory(address, 2), _memory(address + _WORD * _LENGTH, 1), _memory(id(whole) + place, 4)
+    return lambda: [part.tobytes() for part in parts]
 
 # %% ../nbs/07_direct.ipynb #944e58ed
 class _Canary:
@@ -79,12 +91,13 @@ class _Canary:
 
     def __init__(self):
         self._python = random.getstate.__self__
-        self._python_position = _position_of(self._python)
+        self._python_position, self._bits = _position_of(self._python), None
         self._look()
 
     def _look(self):
         "Note how everything is now"
-        self._bits, self._numpy_position = np.random.get_bit_generator(), _numpy_position()
+        if self._bits is not np.random.get_bit_generator():
+            self._bits, self._numpy_position = np.random.get_bit_generator(), _numpy_position()
         self._states, self._at = (self._python.getstate(), np.random.get_state(legacy=False)), self._where()
 
     def _where(self):
