@@ -164,7 +164,9 @@ DRAWS = {"python": random.random, "gauss": lambda: random.gauss(0, 1), "numpy": 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_a_data_set_that_draws_now_and_then_is_found_out(draw, outside):
     "Whatever was drawn outside before, also where the second number of a pair waits there"
-    made = lambda: DataLoader(Rare(DRAWS[draw]), batch_size=2)
+    def made():
+        return DataLoader(Rare(DRAWS[draw]), batch_size=2)
+
     whole = taken(made())
     outside()
     expected = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
