@@ -12,6 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ def _position_of(
 _LENGTH = 624  # Numbers in the state of a Mersenne twister
 
 
+@cache
 def _tells_place(kind=np.random.MT19937):
     "Whether NumPy's usual generator has its state where it says: looked at twice, with a draw between"
     probe, found = kind(7), []
@@ -64,6 +66,7 @@ def _tells_place(kind=np.random.MT19937):
     return all(found)
 
 
+@cache
 def _waiting_place(kind=np.random.RandomState):
     "Where in a `RandomState` it says whether a number waits, and which: looked at four times, with a draw between; `None` if it is not found"
     probe, found, size = kind(7), [], kind.__basicsize__ // _WORD
@@ -110,12 +113,12 @@ class _Canary:
 
     def end(self) -> bool:
         "The generators are again as before; tells whether it has sung to the end."
-        if sang := self._where() == self._at:
-            return sang
+        if self._where() == self._at:
+            return True
         self._python.setstate(self._states[0])
         np.random.set_bit_generator(self._bits)
         np.random.set_state(self._states[1])
-        return sang
+        return False
 
 # %% ../nbs/07_direct.ipynb #ed5ec4a7
 def as_it_is(

@@ -75,7 +75,7 @@ class _Mean(_Waiting):
         return value.where(bad == 0, 0), weight * (1 - bad)
 
     def _sums(self):
-        "Total and weight, with what waits; a weight of numbers stays one"
+        "Total and weight, with what waits; the weight is a tensor only if one of the weights was"
         if not self._entries:
             return self._total, self._weight
         values, weights = zip(*self._entries)
