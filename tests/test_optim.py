@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import threading
 import warnings
 
 import pytest
@@ -853,6 +854,26 @@ def test_a_copy_that_is_cut_short_leaves_none(monkeypatch):
     with pytest.raises((RuntimeError, NotImplementedError)):
         best.load_state_dict(weights)
     assert not best.available
+
+
+def test_who_asks_in_the_midst_of_a_copy_gets_whole_weights(monkeypatch):
+    """The training thread keeps, and a cell asks: not for none, and not for half new and half old ones."""
+    best, found, copy_all = BestWeights(), [], torch._foreach_copy_
+    best.load_state_dict({"a": torch.zeros(3), "b": torch.zeros(3)})
+    asking = threading.Thread(target=lambda: found.append((best.available, best.copied())))
+
+    def halting(targets, sources):
+        copy_all(targets[:1], sources[:1])
+        asking.start()
+        asking.join(0.2)
+        assert asking.is_alive()
+        copy_all(targets[1:], sources[1:])
+
+    monkeypatch.setattr(torch, "_foreach_copy_", halting)
+    best.load_state_dict({"a": torch.ones(3), "b": torch.ones(3)})
+    asking.join(10)
+    [(available, weights)] = found
+    assert available and weights["a"].tolist() == weights["b"].tolist() == [1, 1, 1]
 
 
 def test_best_weights_through_a_file():

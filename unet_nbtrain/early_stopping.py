@@ -8,6 +8,7 @@ __all__ = ['EarlyStopping', 'BestWeights', 'LastWeights']
 # %% ../nbs/12_early_stopping.ipynb #a087d1a7
 import copy
 import math
+import threading
 from collections.abc import Mapping
 from difflib import get_close_matches
 from numbers import Real
@@ -18,15 +19,7 @@ from torch import Tensor, nn
 from .core import unwrap
 
 # %% ../nbs/12_early_stopping.ipynb #0fa9e70d
-_MODES = {
-    "loss": "min",
-    "dice": "max",
-    "iou": "max",
-    "accuracy": "max",
-    "precision": "max",
-    "recall": "max",
-    "dice_per_image": "max",
-}
+_MODES = {"loss": "min"} | dict.fromkeys(("dice", "iou", "accuracy", "precision", "recall", "dice_per_image"), "max")
 
 
 def _mode_of(monitor: str, mode: str | None) -> str:
@@ -206,6 +199,9 @@ class EarlyStopping(_Counting):
         return f"EarlyStopping({own})"
 
 # %% ../nbs/12_early_stopping.ipynb #6f45ad80
+_TURN = threading.RLock()  # For all: a lock inside could not be copied with a trainer, and a copy takes milliseconds
+
+
 class BestWeights:
     "Keeps a copy of a model's best weights in main memory (parameters and buffers, plain names) and puts them back."
 
@@ -214,8 +210,9 @@ class BestWeights:
 
     @property
     def available(self) -> bool:  # Whether `restore` would work
-        "Whether weights were kept."
-        return self._kept is not None
+        "Whether weights were kept; waits while new ones are copied."
+        with _TURN:
+            return self._kept is not None
 
     def keep(
         self,
@@ -237,17 +234,22 @@ class BestWeights:
         "The kept weights themselves, for a checkpoint; the next `keep` writes into them. Empty if there are none."
         return dict(self._kept or {})
 
+    def copied(self) -> dict:  # Name -> CPU tensor; empty if there are none
+        "A copy of the kept weights, all of one moment, also while another thread keeps new ones."
+        with _TURN:
+            return {name: _copy_of(value) for name, value in self.state_dict().items()}
+
     def load_state_dict(
         self,
         weights: Mapping[str, object],  # A model's state dict; an empty one means none
     ) -> None:
         "Copy `weights` as the best ones."
-        old, self._kept = self._kept or {}, None  # a copy that is cut short leaves none, not a mixture
-        placed = {name: (old[name], value) for name, value in weights.items() if _fits(old.get(name), value)}
-        if placed:
-            with torch.no_grad():
+        with _TURN, torch.no_grad():
+            old, self._kept = self._kept or {}, None  # a copy that is cut short leaves none, not a mixture
+            placed = {name: (old[name], value) for name, value in weights.items() if _fits(old.get(name), value)}
+            if placed:
                 torch._foreach_copy_(*map(list, zip(*placed.values())))
-        self._kept = {name: placed[name][0] if name in placed else _copy_of(value) for name, value in weights.items()} or None
+            self._kept = {name: placed[name][0] if name in placed else _copy_of(value) for name, value in weights.items()} or None
 
 # %% ../nbs/12_early_stopping.ipynb #ba32e60a
 def _fits(buffer: object, value: object) -> bool:

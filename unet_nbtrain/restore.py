@@ -91,8 +91,8 @@ def _best_weights(trainer):
     "The best weights, and where they come from"
     if not has_best(trainer):
         raise ValueError("There are no best weights yet: no validation had a finite value.")
-    if trainer.best_weights.available:
-        return trainer.best_weights.state_dict(), "memory"
+    if weights := trainer.best_weights.copied():
+        return weights, "memory"
     path = checkpoint_folder(trainer).best
     return load_file(path)["model_state_dict"], path.name
 

@@ -185,20 +185,26 @@ class _Best(_Putting):
     "Where the best weights are"
 
     def _load_best(self, state, path):
-        "The best weights, from wherever they are"
-        best, folder, self.best_weights = self.early_stopping.best_epoch, CheckpointFolder(path.parent), BestWeights()
+        "The best weights, from wherever they are; another thread finds the earlier ones until then"
+        best = BestWeights()
+        best.load_state_dict(self._weights_of_best(state, path))
+        self.best_weights = best
+
+    def _weights_of_best(self, state, path):
+        best, folder = self.early_stopping.best_epoch, CheckpointFolder(path.parent)
         if best is None:
-            return
+            return {}
         if state.get("carries_best") or _is_of(state, best):
-            return self.best_weights.load_state_dict(state["model_state_dict"])
+            return state["model_state_dict"]
         for candidate in (folder.best, folder.numbered("epoch", best), folder.numbered("top", best), folder.final):
             try:
                 found = load_file(candidate)
             except CheckpointError:
                 continue
             if _is_of(found, best) and not misfits(self.model, found["model_state_dict"]):
-                return self.best_weights.load_state_dict(found["model_state_dict"])
+                return found["model_state_dict"]
         _log.warning("The weights of the best epoch, %d, are not beside %s. The run goes on, and keeps those of the next better epoch.", best, path)
+        return {}
 
 
 def _is_of(state, epoch):
