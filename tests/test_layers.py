@@ -36,7 +36,7 @@ ALLOWED = {
     "control": set(),
     "settings": set(),
     "run_log": {"torch", "numpy"},
-    "event_files": {"numpy", "tensorboard"},
+    "event_files": {"google_crc32c", "tensorboard"},
     "tensorboard_logger": {"torch", "numpy", "tensorboard"},
     "loggers": {"torch", "numpy", "tqdm"},
     "figures": {"matplotlib"},

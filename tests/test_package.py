@@ -86,7 +86,7 @@ def test_metadata_comes_from_settings(metadata, settings):
 def test_a_user_gets_no_development_tools(metadata):
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {line.split(">")[0].split("=")[0].strip() for line in required}
-    assert names == {"torch", "numpy", "pillow", "ipywidgets", "matplotlib", "tensorboard", "tqdm"}
+    assert names == {"torch", "numpy", "pillow", "ipywidgets", "matplotlib", "tensorboard", "google-crc32c", "tqdm"}
 
 
 def test_the_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):

@@ -611,6 +611,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'unet_nbtrain/event_files.py'),
                                           'unet_nbtrain.event_files._EventFile.flush': ( 'event_files.html#_eventfile.flush',
                                                                                          'unet_nbtrain/event_files.py'),
+                                          'unet_nbtrain.event_files._masked': ('event_files.html#_masked', 'unet_nbtrain/event_files.py'),
+                                          'unet_nbtrain.event_files._record': ('event_files.html#_record', 'unet_nbtrain/event_files.py'),
                                           'unet_nbtrain.event_files.end_thread': ( 'event_files.html#end_thread',
                                                                                    'unet_nbtrain/event_files.py'),
                                           'unet_nbtrain.event_files.shown_points': ( 'event_files.html#shown_points',

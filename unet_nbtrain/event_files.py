@@ -6,27 +6,36 @@
 __all__ = ['end_thread', 'shown_points']
 
 # %% ../nbs/10_event_files.ipynb #2e8a3f35
-import io
 import os
+import struct
 from pathlib import Path
 
+from google_crc32c import value as crc32c
+
 # %% ../nbs/10_event_files.ipynb #5de2fad6
+def _masked(data):
+    "The checksum of a record's part, as TensorFlow masks it"
+    crc = crc32c(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def _record(data):
+    "A TFRecord: how long it is, what is in it, and a checksum of each"
+    length = struct.pack("<Q", len(data))
+    return length + _masked(length) + data + _masked(data)
+
+# %% ../nbs/10_event_files.ipynb #eff58dd8
 class _EventFile:
     "Events of a `SummaryWriter` wait here for `flush`, which appends them to a file"
 
     def __init__(self, path):
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._path, self._waiting = path, io.BytesIO()
-        self._records = RecordWriter(self._waiting)
+        self._path, self._waiting = path, []
 
     def add_event(self, event):
-        self._records.write(event.SerializeToString())
+        self._waiting.append(_record(event.SerializeToString()))
 
     def flush(self):
-        waiting = self._waiting.getvalue()
-        self._waiting.seek(0)
-        self._waiting.truncate()
+        waiting, self._waiting = b"".join(self._waiting), []
         if waiting:
             with open(self._path, "ab") as file:
                 file.write(waiting)
