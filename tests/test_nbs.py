@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from conftest import forget_the_past
 from nbtools import Cell, CellError, Notebook, notebooks, run_cells, skip_flags
 
 ALL = [pytest.param(nb, id=str(nb)) for nb in notebooks()]
@@ -18,7 +19,8 @@ EXPORTING = [pytest.param(nb, id=str(nb)) for nb in notebooks(module_only=True)]
 
 @pytest.fixture(autouse=True)
 def as_in_a_kernel(monkeypatch, tmp_path):
-    """An empty working folder, inline figures, and afterwards no figure and no thread that keeps the process alive."""
+    """An empty working folder, inline figures, a small heap, and afterwards no figure and no thread that keeps the process alive."""
+    forget_the_past()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / ".ipython"))
