@@ -51,7 +51,32 @@ class _Waiting:
         self._open = False
         self._settle()
 
+    @staticmethod
+    def _unless(bad, *entry):
+        *parts, before = entry
+        return *parts, bad if before is None else torch.maximum(bad, before)
+
+
+def _which_count(verdicts):
+    "Which entries count, as one tensor; `None` where no verdict is a tensor, so that all of them do"
+    flags = [flag for flag in verdicts if flag is not None]
+    if not flags:
+        return None
+    return torch.stack([torch.zeros_like(flags[0]) if flag is None else flag for flag in verdicts]) == 0
+
 # %% ../nbs/12_tally.ipynb #727bf152
+def _weighted(values, weights, count):
+    "The sum of weighted values and that of the weights, of the entries that count; the latter is a number where Python knows it"
+    if count is not None:
+        values, count = values.where(count, 0), count.to(values)
+    if set(map(type, weights)) == {float} and len(set(weights)) == 1:
+        return values.sum() * weights[0], weights[0] * (len(weights) if count is None else count.sum())
+    if count is not None:
+        weights = [weight * o for weight, o in zip(weights, count.unbind())]
+    total, weight = sum(value * weight for value, weight in zip(values.unbind(), weights)), sum(weights)
+    return total, weight.to(total) if torch.is_tensor(weight) else weight
+
+
 class _Mean(_Waiting):
     "The sums behind a weighted mean"
 
@@ -69,20 +94,15 @@ class _Mean(_Waiting):
         weight: float | torch.Tensor = 1.0,  # How much it counts; a 0-dim tensor on the same device will do
     ) -> None:
         "Add a value. Nothing is read from the device."
-        self._put(value.detach(), weight)
-
-    def _unless(self, bad, value, weight):
-        return value.where(bad == 0, 0), weight * (1 - bad)
+        self._put(value.detach(), weight, None)
 
     def _sums(self):
-        "Total and weight, with what waits; the weight is a tensor only if one of the weights was"
+        "Total and weight, with what waits"
         if not self._entries:
             return self._total, self._weight
-        values, weights = zip(*self._entries)
+        values, weights, verdicts = zip(*self._entries)
         values = torch.stack(values).to(torch.float32 if values[0].device.type == "mps" else torch.float64)
-        alike = set(map(type, weights)) == {float} and len(set(weights)) == 1
-        total = values.sum() * weights[0] if alike else sum(v * w for v, w in zip(values.unbind(), weights))
-        weight = sum(weights).to(total) if any(map(torch.is_tensor, weights)) else sum(weights)
+        total, weight = _weighted(values, weights, _which_count(verdicts))
         return (total, weight) if self._total is None else (self._total + total, self._weight + weight)
 
     def _add_up(self):
@@ -116,8 +136,11 @@ class RunningMean(_Mean):
     def state_dict(self) -> dict:  # Tensors and numbers; empty before the first value
         "What `load_state_dict` needs to go on in another process."
         sums = {} if self._total is None else {"total": self._total, "weight": torch.as_tensor(self._weight, dtype=self._total.dtype, device=self._total.device)}
-        waiting = [list(part) for part in zip(*self._entries)]
-        return sums | ({"values": waiting[0], "weights": waiting[1]} if waiting else {})
+        if not self._entries:
+            return sums
+        values, weights, verdicts = map(list, zip(*self._entries))
+        values = [value if bad is None else value.where(bad == 0, 0) for value, bad in zip(values, verdicts)]
+        return sums | {"values": values, "weights": weights, "verdicts": verdicts}
 
     def load_state_dict(
         self,
@@ -128,8 +151,9 @@ class RunningMean(_Mean):
         self.reset()
         if "total" in state:
             self._total, self._weight = state["total"].to(device), state["weight"].to(device)
-        waiting = zip(state.get("values", ()), state.get("weights", ()), strict=True)
-        self._entries = [tuple(o.to(device) if isinstance(o, torch.Tensor) else float(o) for o in entry) for entry in waiting]
+        values, weights = state.get("values", ()), state.get("weights", ())
+        waiting = zip(values, weights, state.get("verdicts", [None] * len(values)), strict=True)
+        self._entries = [tuple(o.to(device) if isinstance(o, torch.Tensor) else o for o in entry) for entry in waiting]
         self._certain = len(self._entries)
 
 # %% ../nbs/12_tally.ipynb #cffe5054
@@ -173,27 +197,24 @@ class _Counting(_Waiting):
         metrics = self.metrics
         return segmentation_counts(logits, masks, metrics.n_classes, metrics.threshold, metrics.ignore_index)
 
-    def _unless(self, bad, kind, first, second, before):
-        return kind, first, second, bad if before is None else torch.maximum(bad, before)
-
 # %% ../nbs/12_tally.ipynb #1a3a8fcc
 class _Together(_Counting):
     "What waits, counted together"
 
     def _counts(self, entries):
-        "The counts of entries of one kind: classes (N, n_classes, 3) and pixels (N, 3)"
-        kinds, first, second, bad = zip(*entries)
-        parts, first, second = first, torch.cat(first), torch.cat(second)
-        if kinds[0] is not None:
+        "The counts of entries of one kind, with n images each: classes (N, n_classes, 3) and pixels (N, 3)"
+        (kind, *_), parts, masks, verdicts = zip(*entries)
+        first, second = torch.cat(parts), torch.cat(masks)
+        if kind is not None:
             first, second = self._count(first, second)
-        if bad[0] is not None:
-            good = torch.cat([(flag == 0).expand(len(part)) for flag, part in zip(bad, parts)])
-            first, second = first * good[:, None, None], second * good[:, None]
+        if (count := _which_count(verdicts)) is not None:
+            count = count.repeat_interleave(len(parts[0]))
+            first, second = first * count[:, None, None], second * count[:, None]
         return first, second
 
     def _add(self, entries, metrics):
         "Count entries into metrics"
-        groups = groupby(entries, lambda entry: (entry[0], entry[3] is None))
+        groups = groupby(entries, lambda entry: (entry[0], len(entry[1])))
         if counts := [self._counts(list(alike)) for _, alike in groups]:
             metrics.add_counts(*(counts[0] if len(counts) == 1 else map(torch.cat, zip(*counts))))
 
