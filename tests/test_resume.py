@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from unet_nbtrain import EarlyStopping, UNetTrainer, create_optimizer, create_scheduler
+from unet_nbtrain.guard import FiniteGuard
 from unet_nbtrain.sampling import make_loader
 
 FULL = os.environ.get("FULL") == "1"
@@ -145,6 +146,35 @@ def test_from_every_step_of_our_loader(undisturbed, tmp_path, step):
 @pytest.mark.parametrize("step", STEPS if FULL else [11])
 def test_the_number_of_workers_may_change(undisturbed, tmp_path, make, workers, step):
     assert interrupted(tmp_path, make, [step], workers) == undisturbed[make]
+
+
+class OneBroken(Pictures):
+    """The ninth image is NaN, so that the step that gets it is a bad one."""
+
+    def __getitem__(self, index):
+        image, mask = super().__getitem__(index)
+        return (image * float("nan") if index == 8 else image), mask
+
+
+@pytest.mark.parametrize("stop", [3, 6, 11, 17])
+def test_from_among_steps_of_which_only_the_device_knows_whether_they_were_bad(tmp_path, monkeypatch, stop):
+    """As on a card: there the verdicts of the steps so far are tensors, and are in the file beside the losses."""
+    monkeypatch.setattr(FiniteGuard, "_known", lambda self, flag, optimizer: None)
+    monkeypatch.setattr(FiniteGuard, "_lowered", lambda self: torch.zeros_like(self._fresh))
+
+    def make(workers=0):
+        return DataLoader(OneBroken(), batch_size=2)
+
+    whole = trainer_of(tmp_path / "whole", make())
+    whole.train(EPOCHS)
+    assert [row["skipped_steps"] for row in whole.history.rows] == [1] * EPOCHS
+    part = trainer_of(tmp_path / "part", make(), observers=[Stop(stop)])
+    part.train(EPOCHS)
+    verdicts = torch.load(part.checkpoint_dir / "last.pth", weights_only=True)["meter"]["loss"]["verdicts"]
+    assert [float(verdict) for verdict in verdicts] == [float(step == 4) for step in range(stop % BATCHES)]
+    gone_on = trainer_of(tmp_path / "part", make())
+    gone_on.train(EPOCHS, resume="last")
+    assert bits(everything(gone_on)) == bits(everything(whole))
 
 
 def test_ten_times_within_one_epoch(undisturbed, tmp_path):
