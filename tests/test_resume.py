@@ -162,7 +162,7 @@ def test_from_among_steps_of_which_only_the_device_knows_whether_they_were_bad(t
     monkeypatch.setattr(FiniteGuard, "_known", lambda self, flag, optimizer: None)
     monkeypatch.setattr(FiniteGuard, "_lowered", lambda self: torch.zeros_like(self._fresh))
 
-    def make(workers=0):
+    def make():
         return DataLoader(OneBroken(), batch_size=2)
 
     whole = trainer_of(tmp_path / "whole", make())
