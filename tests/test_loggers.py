@@ -14,6 +14,7 @@ import types
 import pytest
 import torch
 from counting import Calls
+from heard import Heard
 
 from unet_nbtrain import event_files
 from unet_nbtrain import tensorboard_logger as tensorboard_room
@@ -273,12 +274,13 @@ def test_a_real_run_and_its_resume(tmp_path, one_thread):
 FULL_DISK = """
 import logging, resource, signal, sys, threading
 sys.path.insert(0, sys.argv[2])
-from test_loggers import Observers, TensorBoardLogger, Told, Trainer, row, steps
+from heard import Heard
+from test_loggers import Observers, TensorBoardLogger, Trainer, row, steps
 logging.disable(logging.CRITICAL)
 threading.excepthook = lambda args: None
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 trainer, before = Trainer(), set(threading.enumerate())
-trainer.observers = observers = Observers([TensorBoardLogger(sys.argv[1]), told := Told()])
+trainer.observers = observers = Observers([TensorBoardLogger(sys.argv[1]), told := Heard()])
 observers.notify("on_run_start", trainer)
 most = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2500, most[1]))
@@ -295,14 +297,6 @@ if sys.argv[3] == "free":
 """
 
 
-class Told:
-    def __init__(self):
-        self.problems = []
-
-    def on_problem(self, trainer, text):
-        self.problems.append(text)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files")
 @pytest.mark.parametrize("later", ["full", "free"])
 def test_a_full_disk_is_told_once_and_asked_again(tmp_path, later):
@@ -314,7 +308,7 @@ def test_a_full_disk_is_told_once_and_asked_again(tmp_path, later):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     before, trainer = set(threading.enumerate()), Trainer()
-    trainer.observers = observers = Observers([TensorBoardLogger(tmp_path / "file"), told := Told()])
+    trainer.observers = observers = Observers([TensorBoardLogger(tmp_path / "file"), told := Heard()])
     observers.notify("on_run_start", trainer)
     observers.notify("on_epoch_end", trainer, row(1))
     observers.notify("on_run_end", trainer, "done")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from heard import Heard
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -164,14 +165,6 @@ def test_a_compiled_run_splits_when_the_memory_is_full(tmp_path, light_compiler)
     assert trained(tmp_path, model=model, compile="default").parts_per_batch == 2
 
 
-class Heard:
-    def __init__(self):
-        self.texts = []
-
-    def on_problem(self, trainer, text):
-        self.texts.append(text)
-
-
 @pytest.mark.parametrize("when", ["compiling", "first call", "backward"])
 def test_without_a_compiler_the_run_goes_on(tmp_path, monkeypatch, when):
     def broken(function, **options):
@@ -192,14 +185,14 @@ def test_without_a_compiler_the_run_goes_on(tmp_path, monkeypatch, when):
     trainer = trained(tmp_path, "fallback", compile="default", step=heard)
     assert same(trainer, trained(tmp_path, "plain")), "the attempt left a trace"
     expected = "compile='default' did not work here ({}: no compiler here). The run goes on plainly: the same results, more slowly."
-    assert heard.texts == [expected.format("OSError" if when == "first call" else "RuntimeError")]
+    assert heard.problems == [expected.format("OSError" if when == "first call" else "RuntimeError")]
 
 
 def test_a_compiler_that_computes_something_else_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x, y: (lambda out: (out[0] * 0.9, *out[1:]))(function(x, y)))
     heard = Heard()
     assert same(trained(tmp_path, "wrong", compile="max", step=heard), trained(tmp_path, "plain"))
-    assert len(heard.texts) == 1 and "its loss differs by 10.0% and its gradient differs by 10.0%" in heard.texts[0]
+    assert len(heard.problems) == 1 and "its loss differs by 10.0% and its gradient differs by 10.0%" in heard.problems[0]
 
 
 def test_recomputing_takes_over_where_the_compiler_fails(tmp_path, monkeypatch):
@@ -223,7 +216,7 @@ def test_a_training_step_of_ones_own_is_called(tmp_path, light_compiler):
     heard = Heard()
     own = Own(UNet(1, 1, width=2, depth=1), loader(), loader(), device="cpu", run_dir=tmp_path, observers=[heard], compile="default")
     own.train(1)
-    assert light_compiler == [] and len(heard.texts) == 1 and "A training_step of your own is called as it is" in heard.texts[0]
+    assert light_compiler == [] and len(heard.problems) == 1 and "A training_step of your own is called as it is" in heard.problems[0]
 
 
 def test_a_captured_step_is_copied_and_used_for_full_batches(tmp_path, monkeypatch):

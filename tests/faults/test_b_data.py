@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from heard import Heard
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -51,14 +52,6 @@ class Samples(Dataset):
     def __getitem__(self, index):
         other = self.act(index)
         return other if other is not None else (torch.full((1, 8, 8), index / 8), torch.ones(1, 8, 8))
-
-
-class Heard:
-    def __init__(self):
-        self.said = []
-
-    def on_problem(self, trainer, message):
-        self.said.append(message)
 
 
 def loader_of(act=lambda index: None, n=8, **options):
@@ -152,7 +145,7 @@ def test_031_a_damaged_image_is_left_out_and_named(tmp_path, workers):
     trainer = trainer_of(tmp_path, loader_of(broken(5), num_workers=workers), observers=[heard])
     rows = trainer.train(2).rows
     assert [row["bad_samples"] for row in rows] == [1, 1] and trainer.global_step == 8
-    assert [text for text in heard.said if "cell_5.png (sample 5): OSError: image file is truncated" in text] == heard.said[:1] and len(heard.said) == 1
+    assert [text for text in heard.problems if "cell_5.png (sample 5): OSError: image file is truncated" in text] == heard.problems[:1] and len(heard.problems) == 1
     assert [event["kind"] for event in trainer.history.events] == ["problem"]
 
 
@@ -293,7 +286,7 @@ def test_045_a_mistake_in_the_data_set_is_never_skipped(tmp_path, workers):
     trainer = trainer_of(tmp_path, loader_of(broken(5, error=KeyError("label")), num_workers=workers), observers=[heard])
     with pytest.raises(KeyError, match="label"):
         trainer.train(1)
-    assert any("cell_5.png (sample 5): KeyError" in text and "batch 3 of epoch 1" in text for text in heard.said)
+    assert any("cell_5.png (sample 5): KeyError" in text and "batch 3 of epoch 1" in text for text in heard.problems)
     assert "in act" in trainer.run.traceback and torch.load(trainer.checkpoint_dir / "last.pth")["batch"] == 2
 
 
@@ -346,13 +339,13 @@ def test_049_a_loader_that_hangs_is_told_and_can_be_stopped(tmp_path):
     trainer = trainer_of(tmp_path, loader_of(hang, num_workers=2), observers=[heard])
     trainer.watchdog_seconds = 0.5
     run = trainer.start(1)
-    until(lambda: heard.said)
-    assert "batch 3 of epoch 1 of the training data (cell_4.png, cell_5.png)" in heard.said[0] and "2 worker processes" in heard.said[0]
+    until(lambda: heard.problems)
+    assert "batch 3 of epoch 1 of the training data (cell_4.png, cell_5.png)" in heard.problems[0] and "2 worker processes" in heard.problems[0]
     began = time.monotonic()
     assert run.stop().wait(30) and run.wait(30) and time.monotonic() - began < 20
     assert run.state == "finished" and trainer.global_step == 2 and torch.load(trainer.checkpoint_dir / "last.pth")["batch"] == 2
     until(lambda: not multiprocessing.active_children())
-    assert not [thread for thread in threading.enumerate() if thread.name == "unet-watchdog"] and len(heard.said) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "unet-watchdog"] and len(heard.problems) == 1
 
 
 def test_049_a_slow_sample_without_workers_is_told_twice(tmp_path):
@@ -360,10 +353,10 @@ def test_049_a_slow_sample_without_workers_is_told_twice(tmp_path):
     trainer = trainer_of(tmp_path, loader_of(lambda i: gate.wait(60) and None if i == 5 else None), observers=[heard])
     trainer.watchdog_seconds = 0.2
     run = trainer.start(1)
-    until(lambda: heard.said)
+    until(lambda: heard.problems)
     gate.set()
     assert run.wait(30) and run.state == "finished"
-    assert "num_workers=0" in heard.said[0] and "is over" in heard.said[1] and len(heard.said) == 2
+    assert "num_workers=0" in heard.problems[0] and "is over" in heard.problems[1] and len(heard.problems) == 2
 
 
 def dies(lives, number):
@@ -384,7 +377,7 @@ def test_070_a_killed_worker_changes_nothing(tmp_path, background):
         run = trainer.start(2) if background else trainer.train(2) and trainer.run
         assert run.wait(60) and run.state == "finished", run.traceback
         results.append((trainer.history["train_losses"], [w.numpy().tobytes() for w in weights(trainer)]))
-    assert results[0] == results[1] and len(heard.said) == 2 and all("SIGKILL" in text for text in heard.said)
+    assert results[0] == results[1] and len(heard.problems) == 2 and all("SIGKILL" in text for text in heard.problems)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
@@ -469,7 +462,7 @@ def test_095_workers_that_never_come_up(tmp_path):
     trainer = trainer_of(tmp_path, loader_of(num_workers=1, worker_init_fn=never_up), observers=[heard])
     trainer.watchdog_seconds = 0.5
     run = trainer.start(1)
-    until(lambda: heard.said)
-    assert "batch 1 of epoch 1" in heard.said[0]
+    until(lambda: heard.problems)
+    assert "batch 1 of epoch 1" in heard.problems[0]
     assert run.stop().wait(30) and run.wait(30) and run.state == "finished"
     until(lambda: not multiprocessing.active_children())
