@@ -2,9 +2,11 @@
 
 `nbdev_test` runs what is written in the notebook and never imports the exported file. A name that only the notebook
 imports, or a module changed by hand, passes there and fails here. `NB_FLAGS="slow cuda"` turns the flagged cells on.
+After `nbdev_test`, `NBDEV_TESTED=1` leaves out the first of the two runs; notebooks without a module, which have no second, stay in.
 """
 
 import importlib
+import os
 import sys
 import threading
 import time
@@ -13,7 +15,8 @@ import pytest
 from conftest import forget_the_past
 from nbtools import Cell, CellError, Notebook, notebooks, run_cells, skip_flags
 
-ALL = [pytest.param(nb, id=str(nb)) for nb in notebooks()]
+DONE = os.environ.get("NBDEV_TESTED") == "1"  # `nbdev_test` has just run them all as they are written
+AS_WRITTEN = [pytest.param(nb, id=str(nb)) for nb in notebooks() if not (DONE and nb.default_exp)]
 EXPORTING = [pytest.param(nb, id=str(nb)) for nb in notebooks(module_only=True)]
 
 
@@ -42,7 +45,7 @@ def run(nb, cells, namespace=()):
         pytest.fail(str(error), pytrace=False)
 
 
-@pytest.mark.parametrize("nb", ALL)
+@pytest.mark.parametrize("nb", AS_WRITTEN)
 def test_as_written(nb):
     run(nb, nb.runnable(skip_flags()))
 
