@@ -3,12 +3,13 @@
 import math
 import signal
 import threading
+import time
 
 import pytest
 import torch
 from counting import Operations
 
-from unet_nbtrain import EarlyStopping, SegmentationMetrics, UNet, UNetTrainer, create_scheduler, demo_dataloaders
+from unet_nbtrain import EarlyStopping, SegmentationMetrics, UNet, UNetPredictor, UNetTrainer, create_scheduler, demo_dataloaders, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -392,3 +393,78 @@ def test_epochs_that_were_added_are_still_wanted_after_the_run_went_back(make):
     trainer.observers.add(Watch(poison))
     trainer.train(2)
     assert any("went back" in event["text"] for event in trainer.history.events) and len(trainer.history) == 4
+
+
+# Other cells, and the model that is trained
+
+
+class Modes:
+    """The modes of all parts of the model, as the steps of a run leave them"""
+
+    def __init__(self):
+        self.found = set()
+
+    def on_batch_end(self, trainer, loss):
+        time.sleep(0.002)
+        self.found.add((trainer.phase, *{part.training for part in trainer.model.modules()}))
+
+
+def test_who_asks_the_model_while_it_trains_does_not_disturb_it(make, loaders):
+    """Masks and metrics come from a copy: each step trains, each validation evaluates, the numbers are those of a training alone"""
+    rows = []
+    for asking in (False, True):
+        trainer = make(str(asking), observers=[modes := Modes()])
+        run = trainer.start(4)
+        while asking and not run.ended:
+            assert 0 <= evaluate(trainer.model, loaders[1])["dice"] <= 1
+            UNetPredictor(model=trainer.model).predict_single(torch.zeros(3, 32, 32))
+        run.wait()
+        rows.append((trainer.history["train_losses"], trainer.history["val_losses"]))
+        assert modes.found == {("train", True), ("val", False)}
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("when", ["before", "in a pause"])
+def test_gradients_that_somebody_left_are_not_learned_from(make, loaders, when):
+    images, _ = next(iter(loaders[0]))
+
+    class Trying:
+        def on_state_change(self, trainer, state):
+            if state == "paused":
+                (1000 * trainer.model.eval()(images)).mean().backward()
+                trainer.run.resume()
+
+    plain, tried = make("plain", observers=[first := PauseOnce()]), make("tried", observers=[second := PauseOnce(), Trying()])
+    if when == "before":
+        first.done = second.done = True
+        (1000 * tried.model.eval()(images)).mean().backward()
+    else:
+        plain.observers.add(ResumeAtOnce())
+    plain.train(2), tried.train(2)
+    assert plain.history["train_losses"] == tried.history["train_losses"] and equal(state_of(plain.model), state_of(tried.model))
+
+
+class PauseOnce:
+    done = False
+
+    def on_batch_end(self, trainer, loss):
+        if not self.done:
+            self.done = trainer.run.pause()
+
+
+class ResumeAtOnce:
+    def on_state_change(self, trainer, state):
+        if state == "paused":
+            trainer.run.resume()
+
+
+def test_an_average_of_a_model_that_keeps_a_feature_map(make):
+    class Keeping(UNet):
+        def forward(self, x):
+            self.seen = super().forward(x)
+            return self.seen
+
+    plain, keeping = make("plain", ema_decay=0.9), make("keeping", model=Keeping(3, 1, width=4, depth=2), ema_decay=0.9)
+    keeping.model.load_state_dict(plain.model.state_dict())
+    plain.train(2), keeping.train(2)
+    assert equal(state_of(plain.averaged.module), state_of(keeping.averaged.module))

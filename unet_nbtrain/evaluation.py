@@ -38,8 +38,8 @@ def evaluate(
     threshold = predictor.threshold if threshold is None else threshold
     ignored = _find_ignore_index(ignore_index, criterion, loader, predictor)
     criterion = copy.deepcopy(criterion).to(predictor.device) if isinstance(criterion, nn.Module) else criterion
-    with evaluation_mode(predictor.model):
-        meter = _count(predictor, loader, criterion, EpochMeter(ignored, threshold), get_amp_dtype(amp, predictor.device))
+    with evaluation_mode(predictor.model) as model:
+        meter = _count(model, predictor, loader, criterion, EpochMeter(ignored, threshold), get_amp_dtype(amp, predictor.device))
     found = meter.compute()
     return found if criterion is not None else {name: value for name, value in found.items() if name != "loss"}
 
@@ -56,7 +56,7 @@ def _find_ignore_index(given, criterion, loader, predictor):
     return next((value for value in found if value is not None and value != -100), None)
 
 
-def _count(predictor, loader, criterion, meter, amp_dtype):
+def _count(model, predictor, loader, criterion, meter, amp_dtype):
     "One pass over the loader; nothing is read from the device before its end"
     device, first = predictor.device, True
     for batch in loader:
@@ -66,7 +66,7 @@ def _count(predictor, loader, criterion, meter, amp_dtype):
             first = False
         images, masks = move(images, masks, device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = predictor.model(images)
+            logits = model(images)
             loss = torch.zeros((), device=device) if criterion is None else criterion(logits, masks)
         meter.update(loss, batch_weight(masks, meter.ignore_index, loss_weights(criterion)), logits, masks)
     return meter

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from .core import Carrier, dataset_attribute, length_of, split_batch
-from .epoch import check_batch
+from .epoch import check_batch, claim, disclaim
 from .feeding import Feed
 from .state import TrainerState
 
@@ -33,6 +33,7 @@ class _Sources(TrainerState):
     _feeds, _bad_in_validation = {}, 0
 
     def _open_feeds(self):
+        claim(self.model)
         for phase, loader in (("train", self.train_loader), ("val", self.val_loader)):
             _log.info("%s data: %s", phase, self._feed_of(phase, loader).guarantee.sentence)
 
@@ -57,6 +58,7 @@ class _Sources(TrainerState):
 
     def _release(self):
         super()._release()
+        disclaim(self.model)
         while self._feeds:
             self._feeds.popitem()[1].close()
 
@@ -77,10 +79,17 @@ class _Obeying(_Sources):
             return
         if self._bad_steps.due or self._poisoned or (run.pending and self._bad_steps.waiting):
             self._look_at_bad_steps(wait=run.pending)
-        if run.pending and not run.obey(self.global_step, {"save": self._save_now, "set": self.set}):
-            raise Stopped
+        if run.pending:
+            if not run.obey(self.global_step, {"save": self._save_now, "set": self.set}):
+                raise Stopped
+            self._take_up_again()
         if not self.nonfinite_in_a_row:
             self._save_if_due()
+
+    def _take_up_again(self):
+        "A pause may have been used for a look at the model by hand, which leaves it in another mode and with gradients"
+        self.model.train(self.phase == "train")
+        self.model.zero_grad(set_to_none=True)
 
 # %% ../nbs/15_gate.ipynb #5bfc2c0f
 class Gate(_Obeying):

@@ -23,6 +23,7 @@ from torch import nn
 from .checkpoint import CheckpointError, load_file, load_weights
 from .colors import color_code
 from .core import get_device, unwrap
+from .epoch import undisturbed
 from .files import atomic_write
 from .image_files import read_image
 from .overlays import CLASS_COLORS, overlay_mask
@@ -85,13 +86,14 @@ def _place(model, state, path, device):
 @contextmanager
 def evaluation_mode(
     model: nn.Module,  # Any model
-) -> Iterator[None]:
+) -> Iterator[nn.Module]:  # The model, or a copy if another thread is training it, which must not notice
     "While this lasts, the model is in evaluation mode and no gradients are recorded; then each part has its own mode again."
+    model = undisturbed(model)
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            yield
+            yield model
     finally:
         for part, mode in modes:
             part.training = mode
@@ -262,8 +264,8 @@ class UNetPredictor:
         image = read_image(source, known["n_channels"])
         small = resize_image(image, tuple(known["image_size"])) if known["image_size"] else image
         prepared = prepare_image(small, known["mean"], known["std"])
-        with evaluation_mode(self.model):
-            logits = self._forward(prepared[None].to(self.device))
+        with evaluation_mode(self.model) as model:
+            logits = unwrap(model)(prepared[None].to(self.device))
         probabilities = _probabilities(logits, image.shape[1:])
         name = str(source) if isinstance(source, Path) else "an array"
         mask = _decide(probabilities, self.threshold)
@@ -276,7 +278,3 @@ class UNetPredictor:
         "One prediction after the other, each made when it is asked for, so that any number of images fits in memory."
         for source in sources:
             yield self.predict_single(source)
-
-    def _forward(self, images):
-        "Logits (N, C, H, W) of prepared images"
-        return unwrap(self.model)(images)

@@ -7,6 +7,7 @@ __all__ = ['Passes']
 
 # %% ../nbs/16_passes.ipynb #fe0d01d0
 import math
+import threading
 from contextlib import nullcontext
 
 import torch
@@ -28,6 +29,15 @@ def _counted(loss, weight):
 
 class _Forward(Modes, ResumableState, Gate, Steps):
     "One batch through the model"
+
+    def _require_own_thread(self):
+        if self.run is not None and not self.run.ended and self._thread not in (None, threading.get_ident()):
+            raise RuntimeError("A training is at work in another thread, and a pass from here would take it out of its place in the data. Use evaluate(trainer.model, loader).")
+
+    def _keep_mode(self, training):
+        "Another cell may have said `model.eval()` meanwhile"
+        if self.model.training is not training:
+            self.model.train(training)
 
     def _autocast(self):
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype else nullcontext()
@@ -169,8 +179,10 @@ class _Training(_Learning):
 
     def train_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole epoch
         "Train on every batch of the epoch once, from where it was left."
+        self._require_own_thread()
         self._come_to_a_place_there_is()
         self.model.train()
+        self.model.zero_grad(set_to_none=True)  # Somebody may have tried a batch; the optimizer may not know all parameters
         if self._start_batch == 0:
             self._train_meter.threshold = self.threshold
         self._within_memory(self._train_batches)
@@ -200,6 +212,7 @@ class _Training(_Learning):
                 self._guard.keep()
             self._at_boundary, size = False, self.accumulate_gradients
             alone = group == 0 and self.parts_per_batch == 1 and (size == 1 or self.batch + 1 == self.num_batches)
+            self._keep_mode(True)
             loss, weight = self._learn(images, masks, alone)
             group, weights = group + 1, weights + weight
             self._start_batch, self.batch, self._images = self._start_batch + 1, self.batch + 1, self._images + images.shape[0]
@@ -240,6 +253,7 @@ class Passes(_Doubting):
     @torch.no_grad()
     def validate_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole validation set
         "Evaluate on every validation batch once, without gradients and without touching the randomness of training."
+        self._require_own_thread()
         self.model.eval()
         return self._within_memory(self._validate_batches)
 
@@ -249,6 +263,7 @@ class Passes(_Doubting):
         if self.worst is not None:
             self.worst.begin()
         for images, masks in self._feed(self.val_loader, "val", 0):
+            self._keep_mode(False)
             parts = [self._forward(x, y, meter) for x, y in self._parts(images, masks)]
             losses, weights, logits, _ = zip(*parts)
             if self.batch == 0:

@@ -111,7 +111,7 @@ def find_within(
     "Objects of some kinds among the attributes of an object, and within lists, sets and mappings there."
     found, seen, level = [], {id(owner)}, [owner]
     for _ in range(depth):
-        inner = [o for one in level for o in islice(_parts_of(one), 100) if not isinstance(o, _LEAVES)]
+        inner = [o for one in level for o in islice(_parts_of(one), 100) if isinstance(o, kinds) or not isinstance(o, _LEAVES)]
         level = []
         for o in inner:
             if id(o) not in seen:
