@@ -1697,6 +1697,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unet_nbtrain.scales._values': ('scales.html#_values', 'unet_nbtrain/scales.py'),
                                      'unet_nbtrain.scales.clear_spot': ('scales.html#clear_spot', 'unet_nbtrain/scales.py'),
                                      'unet_nbtrain.scales.even_tick_texts': ('scales.html#even_tick_texts', 'unet_nbtrain/scales.py'),
+                                     'unet_nbtrain.scales.filled': ('scales.html#filled', 'unet_nbtrain/scales.py'),
                                      'unet_nbtrain.scales.fit_range': ('scales.html#fit_range', 'unet_nbtrain/scales.py'),
                                      'unet_nbtrain.scales.fit_ranges': ('scales.html#fit_ranges', 'unet_nbtrain/scales.py'),
                                      'unet_nbtrain.scales.fit_right': ('scales.html#fit_right', 'unet_nbtrain/scales.py'),

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from .figures import COLORS, FONT, HALO, LEGEND_FONT, Picture, tidy
-from .scales import clear_spot, even_tick_texts, fit_range, fit_ranges, fit_right, mark_texts, run_lines, tick_text
+from .scales import clear_spot, even_tick_texts, filled, fit_range, fit_ranges, fit_right, mark_texts, run_lines, tick_text
 
 # %% ../nbs/07_curves.ipynb #c58e3999
 _FAINT, _VAL = COLORS["faint"], COLORS["val"]
@@ -122,7 +122,7 @@ class _Canvas:
         self.figure = Picture((width, height), dpi)
         self.canvas = FigureCanvasAgg(self.figure)
         grid = self.figure.add_gridspec(1, wide + 1 + bool(classes), width_ratios=[1] * wide + [1.4] * bool(classes) + [0.46],
-                                        left=0.546 / width, right=1 - 0.105 / width, bottom=0.17, top=0.865, wspace=0.2)
+                                        left=0.546 / width, right=1 - 0.18 / width, bottom=0.17, top=0.865, wspace=0.2)
         self.axes = [self.figure.add_subplot(cell) for cell in grid]
         self.class_axes = self.axes.pop(wide) if classes else None
         self.names = ["Loss", *(TITLES.get(metric, metric) for metric in metrics), "Learning rate"]
@@ -151,7 +151,7 @@ class _Canvas:
                 label.xy = star.get_xdata()[0], star.get_ydata()[0]
                 label.set_text(f"best {label.xy[1]:.3f}" if 5e-3 <= abs(label.xy[1]) < 1e4 else f"best {tick_text(label.xy[1])}")
                 place = (star.axes.transData - star.axes.transAxes).transform
-                lines = [line.get_xydata() for key, line in self.lines.items() if line.axes is star.axes and not key.startswith("best")]
+                lines = [filled(line.get_xydata()) for key, line in self.lines.items() if line.axes is star.axes and not key.startswith("best")]
                 label.set_position(clear_spot(place(label.xy), place(np.concatenate(lines)), name == "loss", label.get_position()))
         best = next(iter(self.lines["best.loss"].get_xdata()), None)
         for band, end in ((self.band, now), (self.window, until)):

@@ -66,8 +66,8 @@ def draw_report(
 ) -> bytes:  # A PNG of at most `MOST_BYTES`
     "The picture of a mask report."
     top = max([0, *(len(o) for o in thumbnails[:4])])
-    bars = list(shares.items())[:_BARS]
-    canvas = Image.new("RGB", (_WIDE, top + _ROW * len(bars) + 20), "white")
+    bars, more = list(shares.items())[:_BARS], max(len(shares) - _BARS, 0)
+    canvas = Image.new("RGB", (_WIDE, top + _ROW * (len(bars) + bool(more)) + 20), "white")
     for i, small in enumerate(thumbnails[:4]):
         canvas.paste(Image.fromarray(small), (8 + 124 * i, 8))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
@@ -77,6 +77,8 @@ def draw_report(
         draw.text((8, y), text if len(text) <= 22 else text[:21] + "\u2026", fill="black", font=font)
         draw.rectangle((140, y + 2, 140 + max(1, round(300 * share)), y + 12), fill=class_color(label) or (200, 200, 200))
         draw.text((148 + round(300 * share), y), f"{share:.2%}", fill="black", font=font)
+    if more:
+        draw.text((8, top + 14 + _ROW * len(bars)), f"\u2026 and {more} more", fill="black", font=font)
     return _png(canvas)
 
 

@@ -214,7 +214,7 @@ def rows_html(
     frame: Frame,  # The epoch that is shown
 ) -> str:  # Markup, as high as the sheet
     "The words for the rows, one below the other."
-    cells = (f"<div><span>{html.escape(who)}</span><b>{html.escape(score)}</b></div>" for who, score in row_words(frame))
+    cells = (f'<div><span title="{html.escape(who)}">{html.escape(who)}</span><b>{html.escape(score)}</b></div>' for who, score in row_words(frame))
     return f'<div class="unt-rows">{"".join(cells)}</div>'
 
 # %% ../nbs/16_predictions.ipynb #64e6ac64

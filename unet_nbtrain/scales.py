@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_lines', 'thin', 'Range', 'fit_range', 'fit_score_range', 'fit_right', 'fit_ranges', 'tick_text',
-           'even_tick_texts', 'clear_spot', 'mark_texts', 'ink_palette']
+           'even_tick_texts', 'clear_spot', 'filled', 'mark_texts', 'ink_palette']
 
 # %% ../nbs/05_scales.ipynb #3e7274b0
 import math
@@ -156,7 +156,7 @@ def clear_spot(
     width: float = 0.19,  # Of the label
 ) -> tuple[float, float]:  # The label's centre
     "A place beside a point that no line runs through, `old` while that is one, or half way up if there is none."
-    center = float(min(max(point[0], width / 2), 1.04 - width / 2))
+    center = float(min(max(point[0], width / 2), 1 - width / 2))
     near = taken[np.abs(taken[:, 0] - center) < width / 2 + 0.01, 1]
     near = np.append(near[np.isfinite(near)], point[1])
     above, below = near.max() + 0.085, near.min() - 0.085
@@ -164,6 +164,18 @@ def clear_spot(
     best = float(next((y for y in choices if 0.05 < y < 0.96), 0.5))
     stays = old is not None and abs(old[0] - center) < 0.02 and abs(old[1] - best) < 0.15 and np.abs(near - old[1]).min() > 0.05
     return old if stays else (center, best)
+
+# %% ../nbs/05_scales.ipynb #283efd8c
+def filled(
+    points: np.ndarray,  # (N, 2) of one line; NaN allowed
+    most: int = 200,  # A line of more points is dense enough
+) -> np.ndarray:  # (M, 2), the points and what lies between them
+    "The points of a line, where they are few with fifteen more between any two."
+    if not 1 < len(points) <= most:
+        return points
+    share = np.linspace(0, 1, 16, endpoint=False)[:, None, None]
+    between = points[:-1] * (1 - share) + points[1:] * share
+    return np.concatenate([between.transpose(1, 0, 2).reshape(-1, 2), points[-1:]])
 
 # %% ../nbs/05_scales.ipynb #054c0bd7
 def mark_texts(

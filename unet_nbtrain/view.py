@@ -186,7 +186,7 @@ def tiles_html(
     best = next((row for row in reversed(status.rows) if row.get("best")), {})
     tiles = [
         ("validation Dice", _number(last, "val", "dice"), ""),
-        ("Dice of the best", _number(best, "val", "dice"), f"epoch {best['epoch']}" if best else ""),
+        ("Dice of the best", _number(best, "val", "dice"), f"ep. {best['epoch']}" if best else ""),
         ("validation IoU", _number(last, "val", "iou"), ""),
         ("validation loss", _number(last, "val", "loss"), ""),
         ("training loss", _number(last, "train", "loss"), ""),
@@ -246,16 +246,16 @@ _FRAME = """
 .unt-head{display:flex;gap:12px;align-items:center;flex-wrap:wrap;padding:9px 14px;
   border-bottom:1px solid var(--jp-border-color2,#d5d9de);background:var(--jp-layout-color2,#f6f7f9)}
 .unt-badge{color:#fff;border-radius:10px;padding:1px 11px;font-weight:600;font-size:12px;letter-spacing:.02em;white-space:nowrap}
-.unt-soft{color:var(--jp-ui-font-color2,#57606a)} .unt-right{margin-left:auto;white-space:nowrap}
+.unt-soft{color:var(--jp-ui-font-color2,#57606a)} .unt-right{margin-left:auto;white-space:nowrap} .unt-head b{overflow-wrap:anywhere;min-width:0}
 .unt-buttons{padding:9px 12px 3px} .unt-buttons button{font-weight:600;border-radius:5px}
 .unt-panel.unt-panel :focus-visible{outline:3px solid #0072B2!important;outline-offset:1px} .unt-panel button .fa::before{speak:never}
-.unt-bars{display:grid;grid-template-columns:52px minmax(120px,1fr) minmax(190px,auto);gap:5px 10px;align-items:center;padding:10px 14px 2px}
+.unt-bars{display:grid;grid-template-columns:52px minmax(80px,1fr) minmax(min(190px,42%),auto);gap:5px 10px;align-items:center;padding:10px 14px 2px}
 .unt-bar{display:block;height:9px;border-radius:5px;background:var(--jp-border-color2,#e4e8ec);overflow:hidden} .unt-bar>span{display:block;height:100%;background:#0072B2;border-radius:5px}
 .unt-plot{display:block;background:#fff} body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:invert(.87) hue-rotate(180deg)}
 .unt-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));margin:0;border-top:1px solid var(--jp-border-color2,#d5d9de)}
 .unt-tiles>div{padding:7px 14px 8px;border-right:1px solid var(--jp-border-color2,#d5d9de)} .unt-tiles>div:last-child{border-right:0}
 .unt-tiles span{display:block;font-size:11px;color:var(--jp-ui-font-color2,#57606a)}
-.unt-tiles b{font-size:17px;font-weight:650;font-variant-numeric:tabular-nums}
+.unt-tiles b{font-size:17px;font-weight:650;white-space:nowrap;font-variant-numeric:tabular-nums}
 .unt-tiles small{font-size:11px;font-weight:400;color:var(--jp-ui-font-color2,#57606a)}
 .unt-message{padding:7px 14px;border-top:1px solid var(--jp-border-color2,#d5d9de)} .unt-data{padding:3px 2px}
 .unt-data>div{display:flex;flex-wrap:wrap;gap:6px 28px;padding-top:6px;max-height:420px;overflow:auto} .unt-data>div>div{flex:1 1 360px}
@@ -271,15 +271,16 @@ _FRAME = """
 # %% ../nbs/16_view.ipynb #9882a98d
 _TABS = """.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin-top:2px} .unt-tabs>.widget-tab-contents{border:0!important;padding:8px 0 2px!important}
 .unt-tabs .lm-TabBar-tab.lm-mod-current,.unt-tabs .p-TabBar-tab.p-mod-current{font-weight:650}
+.unt-tabs :is(.lm-TabBar-tab,.p-TabBar-tab){flex:1 1 auto;min-width:0;padding:0 8px} .unt-tabs :is(.lm-TabBar-tabLabel,.p-TabBar-tabLabel){overflow:hidden;text-overflow:ellipsis}
 .unt-tabs :focus-visible{outline:3px solid #0072B2;outline-offset:-3px}
 .unt-menus{padding:0 10px;gap:2px 10px} body[data-jp-theme-light='false'] .unt-menus select{background-image:url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23bdbdbd' stroke-width='1.7'/%3E%3C/svg%3E")} .unt-form .unt-buttons{padding:9px 0 5px} .unt-caption{padding:0 14px 4px;font-size:12px} .unt-form{padding:4px 12px 8px}
-.unt-form .widget-hbox{align-items:center} .unt-form .unt-apply{margin-left:153px;width:110px} .unt-data b{display:block} .unt-data :is(td,th){white-space:nowrap;text-align:left!important;padding:1px 20px 1px 0!important} .unt-data :is(td,th):first-child{display:none} .unt-data img{max-width:100%;margin:0}
+.unt-form .widget-hbox{align-items:center} .unt-form .unt-apply{margin-left:155px;width:110px} .unt-form .widget-text+.widget-html{margin-left:8px!important} .unt-form .widget-html-content{overflow-x:auto} .unt-data b{display:block} .unt-data :is(td,th){white-space:nowrap;text-align:left!important;padding:1px 20px 1px 0!important} .unt-data :is(td,th):first-child{display:none} .unt-data img{max-width:100%;margin:0}
 .unt-number{width:175px} .unt-number .widget-label{width:95px!important} .unt-form table,.unt-data table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .unt-form th,.unt-form td{padding:2px 12px 2px 0;text-align:left;vertical-align:top;border:0} .unt-form tr{background:none!important} .unt-fixed{margin-top:8px} .unt-fixed th{white-space:nowrap}
-.unt-numbers{display:flex;flex-wrap:wrap;gap:10px 40px} .unt-log{max-height:340px;overflow:auto} .unt-sheets{gap:12px} .unt-panel .unt-sheet{flex:1 1 auto;max-width:660px;overflow:hidden} .unt-photo{image-rendering:auto;margin:0!important}
-.unt-sheet .widget-html{margin:0!important} .unt-columns{display:grid;grid-template-columns:repeat(4,1fr);height:22px;font-weight:600}
-.unt-sheets>.widget-html{flex:0 0 190px;align-self:stretch;margin:0!important;padding-top:22px} .unt-sheets>.widget-html>.widget-html-content{height:100%}
-.unt-rows{display:grid;grid-auto-rows:1fr;height:100%} .unt-rows>div{align-self:center} .unt-rows span{display:block;overflow-wrap:anywhere}
+.unt-numbers{display:flex;flex-wrap:wrap;gap:10px 40px;max-height:520px;overflow:auto} .unt-numbers td:first-child{max-width:260px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap} .unt-log{max-height:340px;overflow:auto} .unt-form .unt-sheets{gap:12px;flex-wrap:wrap;align-items:flex-start} .unt-panel .unt-sheet{flex:1 1 320px;max-width:660px;overflow:hidden} .unt-photo{image-rendering:auto;margin:0!important}
+.unt-sheet .widget-html{margin:0!important} .unt-columns{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:4px;height:22px;font-weight:600} .unt-columns span{overflow:hidden;text-overflow:ellipsis}
+.unt-sheets>.widget-html{flex:1 0 190px;align-self:stretch;margin:0!important;padding-top:22px} .unt-sheets>.widget-html>.widget-html-content{height:100%}
+.unt-rows{display:grid;grid-auto-rows:1fr;height:100%} .unt-rows>div{align-self:center;display:flex;flex-wrap:wrap;gap:0 8px;align-items:baseline} .unt-rows span{max-width:100%;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .unt-rows b{font-size:15px;font-variant-numeric:tabular-nums} .unt-legend{display:flex;flex-wrap:wrap;gap:2px 14px}
 .unt-key{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:5px;vertical-align:-1px}
 .unt-panel .unt-scrub{margin:4px 2px 8px 16px} .unt-scrub .noUi-handle{visibility:hidden} .unt-panel .unt-scrub .noUi-handle::before{content:"";visibility:visible;display:block;position:absolute;
