@@ -277,6 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'unet_nbtrain.core.Carrier.__call__': ('core.html#carrier.__call__', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.Carrier.__init__': ('core.html#carrier.__init__', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core._begun': ('core.html#_begun', 'unet_nbtrain/core.py'),
+                                   'unet_nbtrain.core._bytes': ('core.html#_bytes', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core._describe': ('core.html#_describe', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.available_devices': ('core.html#available_devices', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.dataset_attribute': ('core.html#dataset_attribute', 'unet_nbtrain/core.py'),

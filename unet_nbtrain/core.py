@@ -75,14 +75,20 @@ def derive_seed(
     "A seed that depends on all of `parts` and on nothing else: the same on every machine, process and day (BLAKE2b of their text)."
     hashed = _begun(*parts[:3]).copy()
     for part in parts[3:]:
-        hashed.update(f"\x1fs{part}".encode() if isinstance(part, str) else b"\x1fi%d" % part)
+        hashed.update(_bytes(f"\x1fs{part}") if isinstance(part, str) else b"\x1fi%d" % part)
     return int.from_bytes(hashed.digest(), "big") >> 1
 
 
 @lru_cache(maxsize=64)
 def _begun(*parts):
     "The hash of the first parts, which are the same for a whole epoch"
-    return hashlib.blake2b("\x1f".join(f"s{part}" if isinstance(part, str) else f"i{int(part)}" for part in parts).encode(), digest_size=8)
+    text = "\x1f".join(f"s{part}" if isinstance(part, str) else f"i{int(part)}" for part in parts)
+    return hashlib.blake2b(_bytes(text), digest_size=8)
+
+
+def _bytes(text):
+    "A text as bytes; the name of a file need not be UTF-8, and Python keeps such bytes as halves of surrogate pairs"
+    return text.encode("utf-8", "surrogateescape")
 
 # %% ../nbs/00_core.ipynb #b91d7ebd
 def seed_step(
