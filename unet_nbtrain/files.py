@@ -27,7 +27,7 @@ def atomic_write(
     path = Path(path)
     if not os.path.isdir(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{threading.get_ident()}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name[:20]}.{threading.get_ident()}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.writelines(data if isinstance(data, list) else [data.encode() if isinstance(data, str) else data])
