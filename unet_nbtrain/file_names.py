@@ -78,18 +78,33 @@ def _in_folder(top, role):
     "The images of a folder, or of its sub-folders where it has none itself"
     if not top.is_dir():
         raise FileNotFoundError(f"{role}: {top} is not a folder. Give a folder, or a list of files.")
-    files = [p for p in top.iterdir() if _is_image(p, top)] or [p for p in top.rglob("*") if _is_image(p, top)]
+    files = [p for p in top.iterdir() if _is_image(p)] or [p for p in _below(top) if _is_image(p)]
     if not files:
         there = ", ".join(sorted(p.name for p in top.iterdir())[:5]) or "nothing"
         raise ValueError(f"{role}: no images in {top}. Known formats: {' '.join(IMAGE_EXTENSIONS)}. In the folder: {there}.")
     return files
 
 
-def _is_image(path, top):
-    "Whether a file has a known extension and is neither hidden nor in a hidden folder"
-    parts = path.relative_to(top).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return path.suffix.lower() in IMAGE_EXTENSIONS and not hidden and path.is_file()
+def _below(top):
+    "The files in the sub-folders, also behind links"
+    starts, seen = [top], {str(p) for p in Path(os.path.realpath(top)).parents}
+    for start in starts:
+        for place, folders, names in os.walk(start):
+            real = os.path.realpath(place)
+            folders[:] = [] if real in seen else sorted(name for name in folders if not _is_hidden(name))
+            starts += [link for name in folders if (link := Path(place, name)).is_symlink()]
+            yield from (Path(place, name) for name in names if real not in seen)
+            seen.add(real)
+
+
+def _is_hidden(name):
+    "Whether a file or folder is one that nobody put there to be looked at"
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_image(path):
+    "Whether a file has a known extension and is not hidden"
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not _is_hidden(path.name) and path.is_file()
 
 # %% ../nbs/04_file_names.ipynb #ef257c4d
 _MASK_WORDS = (
