@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .core import length_of
+from .disk import sweep
 from .events import tell_problem
 from .files import atomic_write
 from .history import History
@@ -168,18 +169,6 @@ class ProgressBar(_Screen):
         self._bar.refresh()
         self._due = time.monotonic() + self._interval
 
-# %% ../nbs/13_loggers.ipynb #a19974d4
-def _sweep(path):
-    "Remove what processes that are gone have left of their writing to this file"
-    for half in path.parent.glob(f".{path.name}.*-*.tmp") if os.name == "posix" else ():
-        writer = half.name.removeprefix(f".{path.name}.").partition("-")[0]
-        try:
-            os.kill(int(writer), 0)
-        except ProcessLookupError:
-            half.unlink(missing_ok=True)
-        except (PermissionError, ValueError):
-            continue
-
 # %% ../nbs/13_loggers.ipynb #1ee03d67
 class _Files:
     "The files in a folder, and a disk that may refuse them"
@@ -220,8 +209,7 @@ class HistoryFiles(_Files):
 
     def on_run_start(self, trainer) -> None:
         "Remove what dead processes left half-written, and write the epochs that a resumed run has behind it."
-        for name in ("history.json", "history.csv", "curves.png"):
-            _sweep(self.folder / name)
+        sweep(self.folder)
         if len(trainer.history):
             self._try(trainer, self._save)
         self.pace.reset()
