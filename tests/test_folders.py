@@ -672,3 +672,17 @@ def test_loaders_refuse_a_pair_that_is_turned_in_two_ways(tmp_path):
     save(folders[0] / "PB" / "2.png", COLOR, exif=exif)
     with pytest.raises(ValueError, match=r"PB.2\.png and 2\.png have different orientation tags"):
         create_dataloaders(*folders)
+
+
+@pytest.mark.parametrize("place, byte", [(60, 255), (8, 99), (6, 1)], ids=["damaged inside", "packed in an unknown way", "encrypted"])
+def test_an_archive_that_cannot_be_unpacked_names_its_file(tmp_path, place, byte):
+    path = tmp_path / "c.npz"
+    np.savez_compressed(path, a=np.arange(4096, dtype=np.uint16).reshape(64, 64))
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\1\2")  # Where the archive says once more how each file is packed
+    for at in (place, directory + place + 2) if place < 10 else (place, place + 40):
+        content[at] ^= byte
+    path.write_bytes(content)
+    for read in (read_image, read_labels):
+        with pytest.raises(ValueError, match=r"c\.npz: "):
+            read(path)

@@ -12,6 +12,7 @@ import struct
 import sys
 import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy as np
 from PIL import Image, ImageOps, ImagePalette
 
 # %% ../nbs/04_raster.ipynb #1ea0099b
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError, TypeError, tokenize.TokenError, zipfile.BadZipFile)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError, TypeError, tokenize.TokenError)
+_UNREADABLE += zipfile.BadZipFile, zlib.error, RuntimeError  # An archive: damaged, damaged inside, encrypted or packed in an unknown way
 _TIFF_ADVICE = " If it is a TIFF with other than 8-bit colour or one 16- or 32-bit channel, save it as a NumPy array (.npy), which can have any number of channels."
 
 
@@ -35,7 +37,7 @@ def reading(
         is_file = isinstance(source, Path)
         unknown = is_file and source.suffix.lower() in (".tif", ".tiff") and re.search("cannot identify|raw mode|more samples", str(error), re.IGNORECASE)
         text = "it is not an image, or damaged at its beginning." if str(error).startswith("cannot identify image file") else str(error)
-        if re.search("truncated|broken data stream|end of file", text, re.IGNORECASE):
+        if re.search("truncated|broken data stream|end of file|decompressing|bad crc", text, re.IGNORECASE):
             text = f"the file is damaged, or its end is missing ({text}). Copy or export it again."
         raise ValueError(f"{source if is_file else 'an image or mask given as an array'}: {text}{_TIFF_ADVICE if unknown else ''}") from error
 
