@@ -1390,6 +1390,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unet_nbtrain.raster._page': ('raster.html#_page', 'unet_nbtrain/raster.py'),
                                      'unet_nbtrain.raster._raw_mode': ('raster.html#_raw_mode', 'unet_nbtrain/raster.py'),
                                      'unet_nbtrain.raster._read_as': ('raster.html#_read_as', 'unet_nbtrain/raster.py'),
+                                     'unet_nbtrain.raster._stretched': ('raster.html#_stretched', 'unet_nbtrain/raster.py'),
                                      'unet_nbtrain.raster._tail': ('raster.html#_tail', 'unet_nbtrain/raster.py'),
                                      'unet_nbtrain.raster.channels_first': ('raster.html#channels_first', 'unet_nbtrain/raster.py'),
                                      'unet_nbtrain.raster.decode_image': ('raster.html#decode_image', 'unet_nbtrain/raster.py'),

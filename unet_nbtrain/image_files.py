@@ -36,12 +36,12 @@ def read_header(
     return _look(source)[0]
 
 
-def _look(source):
+def _look(source, n_channels=None):
     "The header of an image, and its orientation tag"
     with reading(source):
         image = open_raster(source)
         if isinstance(image, np.ndarray):
-            channels, height, width = channels_first(image).shape
+            channels, height, width = channels_first(image, n_channels).shape
             return ImageHeader(height, width, channels), 1
         with image:
             height, width, pages, tag = image.height, image.width, page_count(image), orientation(image)
@@ -55,7 +55,7 @@ def read_pair_header(
     mask: Path | np.ndarray,  # Its mask
 ) -> ImageHeader:  # That of the image
     "The header of an image, after comparing its size and its orientation tag with those of its mask; raises `ValueError` that names both files."
-    (header, tag), (other, mask_tag) = _look(image), _look(mask)
+    (header, tag), (other, mask_tag) = _look(image), _look(mask, 1)
     names = " and ".join(str(o) if i == 0 else o.name for i, o in enumerate((image, mask)) if isinstance(o, Path)) or "arrays"
     sideways = (tag in _ON_ITS_SIDE) != (mask_tag in _ON_ITS_SIDE)
     if header[:2] != other[:2]:
@@ -84,7 +84,7 @@ def read_image(
     with reading(source):
         image = open_raster(source)
         is_array = isinstance(image, np.ndarray)
-        pixels = _plain_type(channels_first(image) if is_array else decode_image(image), is_array)
+        pixels = _plain_type(channels_first(image, n_channels) if is_array else decode_image(image), is_array)
         if n_channels == 3 and len(pixels) == 1:
             pixels = pixels.repeat(3, 0)
         if n_channels not in (None, len(pixels)):
@@ -94,6 +94,7 @@ def read_image(
 
 def _plain_type(pixels, is_array):
     "Pixels as uint8, uint16 or float32 in [0, 1]"
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     if pixels.dtype in (np.uint8, np.uint16):
         return pixels
     if pixels.dtype.kind not in "biuf":
@@ -124,7 +125,7 @@ def read_labels(
         if colors is not None:
             return _narrow(paint_to_classes(_paint(mask), color_table(colors)))
         if isinstance(mask, np.ndarray):
-            return _narrow(_one_plane(channels_first(mask)))
+            return _narrow(_one_plane(channels_first(mask, 1)))
         mask = decode_values(mask)
         return _narrow(mask if mask.ndim == 2 else _without_color(mask))
 
@@ -175,7 +176,7 @@ def _paint(mask):
     is_array = isinstance(mask, np.ndarray)
     if not is_array and (mask.mode.startswith("I") or mask.mode == "F" or page_count(mask) > 1):
         raise ValueError(f"a mask of mode {mask.mode} with {page_count(mask)} page(s) is not painted in colours. Leave colors out.")
-    planes = channels_first(mask) if is_array else decode_image(mask)
+    planes = channels_first(mask, 3) if is_array else decode_image(mask)
     if planes.dtype != np.uint8 or len(planes) not in (1, 3):
         raise ValueError(f"an array of {planes.dtype} with {len(planes)} channels is not painted in colours. Leave colors out, or save (H, W, 3) as uint8.")
     return np.moveaxis(np.broadcast_to(planes, (3, *planes.shape[1:])), 0, 2)

@@ -118,15 +118,17 @@ def _check_tiff(image):
         raise ValueError(f"it has {pages} pages, a stack of {stack[2]} {stack[1]}. Save each as a file of its own.")
     kinds = {_kind_of_page(image, i) for i in range(pages)}
     image.seek(0)
+    if any(tag != 1 for *_, tag in kinds):
+        raise ValueError(f"it has {pages} pages with tags that say that they are mirrored or upside down. Save them upright.")
     if len(kinds) > 1 or not is_grey(image):
-        shown = ", ".join(f"{w} x {h} {mode}" for (w, h), mode in sorted(kinds))
+        shown = ", ".join(f"{w} x {h} {mode}" for (w, h), mode, _ in sorted(kinds))
         raise ValueError(f"it has {pages} pages, which are not the channels of one image: {shown}. Save each page as a file of its own.")
 
 
 def _kind_of_page(image, page):
-    "Size and mode of a page"
+    "Size, mode and orientation tag of a page"
     image.seek(page)
-    return image.size, image.mode
+    return image.size, image.mode, image.tag_v2.get(_ORIENTATION, 1)
 
 # %% ../nbs/04_raster.ipynb #31319f19
 _BITS = {12: 24, 40: 28}  # Where a BMP says how many bits a pixel has, by the size of its header
@@ -181,14 +183,18 @@ _CERTAIN = 4
 
 def channels_first(
     array: np.ndarray,  # (H, W), (H, W, C) or (C, H, W)
+    n_channels: int | None = None,  # How many there should be, for shapes that fit two ways
 ) -> np.ndarray:  # (C, H, W), a view
     "Put the channels first; raises `ValueError` where the shape leaves open which axis they are."
     if array.ndim == 2 and array.size:
         return array[None]
     if array.ndim == 3 and array.size and array.shape[0] != array.shape[2]:
         axis = 0 if array.shape[0] < array.shape[2] else 2
+        one_row = array.shape[0] == 1 and array.shape[2] <= _CERTAIN
+        if one_row and n_channels == array.shape[2]:
+            axis = 2
         count, others = array.shape[axis], (array.shape[1], array.shape[2 - axis])
-        if count <= _CERTAIN or 2 * count < min(others):
+        if (count <= _CERTAIN or 2 * count < min(others)) and not (one_row and n_channels != count):
             return np.moveaxis(array, axis, 0)
     raise ValueError(
         f"an array of shape {array.shape} does not show which axes are height, width and channels. "
@@ -216,6 +222,16 @@ def _read_as(image, raw):
     "The image, which will be decoded as if its pixels lay in the file in that way"
     image.tile = [tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw) for tile in image.tile]
     return image
+
+# %% ../nbs/04_raster.ipynb #4437c12e
+def _stretched(image):
+    "What Pillow makes of the largest value, and that value; equal where nothing is stretched"
+    raw, tile = _raw_mode(image), image.tile[0] if getattr(image, "tile", ()) else None
+    if raw[:3] in ("L;2", "L;4"):
+        return 255, 2 ** int(raw[2]) - 1
+    if tile and tile.codec_name in ("ppm", "ppm_plain") and isinstance(tile.args, tuple):
+        return 65535 if image.mode == "I" else 255, tile.args[1]
+    return 1, 1
 
 # %% ../nbs/04_raster.ipynb #204f48fd
 def decode_image(
@@ -253,5 +269,7 @@ def decode_values(
             return np.asarray(image.convert("L"))
         if (pixels := _all_bits(image)) is not None:
             return pixels
+        made, stored = _stretched(image)
         upright = ImageOps.exif_transpose(image)
-    return np.asarray(upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr") else upright)
+    values = np.asarray(upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr") else upright)
+    return values if made == stored else np.round(values * (stored / made)).astype(values.dtype)
