@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .colors import color_table, count_colors, paint_to_classes
-from .file_names import JPEG_EXTENSIONS
-from .raster import channels_first, decode_image, decode_values, is_grey, open_raster, orientation, page_count, reading
+from .raster import channels_first, decode_image, decode_values, is_grey, is_lossy, open_raster, orientation, page_count, reading
 
 # %% ../nbs/05_image_files.ipynb #1310b52e
 _ON_ITS_SIDE = (5, 6, 7, 8)
@@ -194,8 +193,8 @@ def count_values(
 # %% ../nbs/05_image_files.ipynb #2475050c
 _SMEARED = 16
 _JPEG = " So many values are a sign of JPEG, which smears a mask: save masks as PNG; black and white ones are read with foreground=range(128, 256)."
-_INDICES_IN_JPEG = (
-    "a JPEG cannot hold class indices: between the classes 0 and 2 it smears a seam of 1. Draw or export the masks again as PNG; "
+_INDICES_WITH_LOSS = (
+    "a JPEG cannot hold class indices, nor can another file compressed with loss: between the classes 0 and 2 it smears a seam of 1. Draw or export the masks again as PNG; "
     "if they are black and white, n_classes=1 with foreground=range(128, 256) reads them."
 )
 
@@ -205,7 +204,7 @@ def check_values(
     n_classes: int,  # 1: foreground against background; more: class indices
     foreground: int | Sequence[int] | None = None,  # For one class: the value(s) to find; `None`: what is not 0
     ignore_index: int | None = None,  # Value of pixels that count nowhere
-    jpeg: bool = False,  # Whether they come from a JPEG
+    jpeg: bool = False,  # Whether they come from a JPEG, or another file with loss
 ) -> None:
     "Raise `ValueError`, with the values found and what to do, where they do not fit the task."
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)) or not _INT32.min <= ignore_index <= _INT32.max):
@@ -255,10 +254,10 @@ def read_mask(
     "Read one mask; raises `ValueError` with the file's name, the values found and what to do, where they do not fit the task."
     labels = read_labels(source, colors)
     with reading(source):
-        values, jpeg = count_values(labels), isinstance(source, Path) and source.suffix.lower() in JPEG_EXTENSIONS
-        if jpeg and n_classes > 2 and colors is None:
-            raise ValueError(f"{_INDICES_IN_JPEG} Values found: {_histogram(values, labels.size)}.")
-        check_values(values, n_classes, foreground, ignore_index, jpeg)
+        values, lossy = count_values(labels), is_lossy(source)
+        if lossy and n_classes > 2 and colors is None:
+            raise ValueError(f"{_INDICES_WITH_LOSS} Values found: {_histogram(values, labels.size)}.")
+        check_values(values, n_classes, foreground, ignore_index, lossy)
     if ignore_index is not None and not 0 <= ignore_index <= 255:
         labels = labels.astype(np.int32)
     if n_classes > 1:

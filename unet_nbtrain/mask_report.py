@@ -18,11 +18,11 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .core import split_batch
 from .data_options import as_values, check_options
-from .file_names import JPEG_EXTENSIONS
 from .image_files import check_values, count_values, read_image, read_labels, read_pair_header
 from .mask_picture import thumbnail
 from .mask_summary import MaskReport, list_doubts
 from .pairing import pair_files
+from .raster import is_lossy
 
 # %% ../nbs/06_mask_report.ipynb #14769107
 @dataclass
@@ -81,12 +81,12 @@ class _Files:
         image, mask = self.pairs[i]
         return _seen(read_labels(mask, self.colors), read_pair_header(image, mask).channels, self.task, mask)
 
-    def doubts(self):
-        "A sentence on JPEG masks, if there are any; colours that are in a table have shown that they are not smeared"
-        masks = [] if self.colors else [mask.name for _, mask in self.pairs if mask.suffix.lower() in JPEG_EXTENSIONS]
+    def doubts(self, places):
+        "A sentence on JPEG masks, if any were seen; colours that are in a table have shown that they are not smeared"
+        masks = [] if self.colors else [self.pairs[i][1].name for i in places if is_lossy(self.pairs[i][1])]
         if masks:
             yield (
-                f"{len(masks)} masks are JPEG, which smears their edges: {', '.join(masks[:3])}{', …' if len(masks) > 3 else ''}. Save masks as PNG. "
+                f"{len(masks)} masks are JPEG, or compressed with loss like it, which smears their edges: {', '.join(masks[:3])}{', …' if len(masks) > 3 else ''}. Save masks as PNG. "
                 "Black and white ones can be read with foreground=range(128, 256)."
             )
 
@@ -119,7 +119,7 @@ class _Samples:
         image, mask = (o.detach().cpu().numpy() for o in split_batch(dataset[index]))
         return image if image.ndim == 3 else image.reshape(-1, *image.shape[-2:]), _whole(mask, self._name(i))
 
-    def doubts(self):
+    def doubts(self, places):
         "Nothing more is known of samples"
         return ()
 
@@ -205,7 +205,7 @@ def describe_masks(
     places = range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
     looks = _look_at_all(source, places)
     report = _summary(looks, task, count, names)
-    report["warnings"] += source.doubts()
+    report["warnings"] += source.doubts(places)
     report.thumbnails = _thumbnails(source, places, looks, task)
     return report
 
