@@ -1157,6 +1157,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'unet_nbtrain.overlays': { 'unet_nbtrain.overlays._array': ('overlays.html#_array', 'unet_nbtrain/overlays.py'),
                                        'unet_nbtrain.overlays._canvas': ('overlays.html#_canvas', 'unet_nbtrain/overlays.py'),
                                        'unet_nbtrain.overlays._edge': ('overlays.html#_edge', 'unet_nbtrain/overlays.py'),
+                                       'unet_nbtrain.overlays._is_channels_first': ( 'overlays.html#_is_channels_first',
+                                                                                     'unet_nbtrain/overlays.py'),
                                        'unet_nbtrain.overlays._paint': ('overlays.html#_paint', 'unet_nbtrain/overlays.py'),
                                        'unet_nbtrain.overlays._rgb': ('overlays.html#_rgb', 'unet_nbtrain/overlays.py'),
                                        'unet_nbtrain.overlays.compare_labels': ('overlays.html#compare_labels', 'unet_nbtrain/overlays.py'),

@@ -24,8 +24,8 @@ def to_rgb(
 
     Not-a-number pixels become black. Raises `ValueError` for another number of dimensions.
     """
-    image = _array(image)
-    if image.ndim == 3 and image.shape[0] <= 8:
+    is_tensor, image = hasattr(image, "detach"), _array(image)
+    if image.ndim == 3 and _is_channels_first(image, is_tensor):
         image = np.moveaxis(image, 0, -1)
     if image.ndim == 2:
         image = image[..., None]
@@ -39,6 +39,16 @@ def to_rgb(
     if low < 0 or high > 1:
         image = (image - low) / (high - low or 1)
     return np.round(image * 255).astype(np.uint8)
+
+
+_MOST_CHANNELS = 8  # Where a last axis of 3 leaves it open which one they are
+
+
+def _is_channels_first(image, is_tensor):
+    "Whether (C, H, W) is what an image is: a tensor is, and an array whose first axis is not the longer one"
+    if image.shape[-1] == 3 and (image.shape[0] > _MOST_CHANNELS or not is_tensor and image.dtype == np.uint8):
+        return False
+    return is_tensor or image.shape[0] <= max(_MOST_CHANNELS, image.shape[-1])
 
 
 def _array(values):
