@@ -1,10 +1,12 @@
 """The ways to compute a training: what they must leave as it was, and what they may not do to a run."""
 
 import copy
+import gc
 import logging
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from benchmarks.memory import Stores, peak_bytes
 from unet_nbtrain import UNet, UNetTrainer, tally, thumbnails, verify_resume
 from unet_nbtrain.batch_size import auto_batch
 from unet_nbtrain.losses import create_loss_function
+from unet_nbtrain.ways import Moment, Whole, captured, compiled, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = pytest.mark.skipif(os.environ.get("FULL") != "1", reason="takes a compiler and minutes; FULL=1")
@@ -142,6 +145,61 @@ def test_a_compiled_run_is_the_plain_run(tmp_path, light_compiler):
     assert len(light_compiler) == 2, f"one for training, one for validation, none for the last, shorter batch: {light_compiler}"
 
 
+def counting(monkeypatch):
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        import torch._functorch.config as functorch
+
+        graphs.append((weakref.ref(graph), functorch.activation_memory_budget))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None, dynamic=None: real(function, backend=backend, dynamic=dynamic))
+    torch._dynamo.reset()
+    return graphs
+
+
+def test_every_shape_is_compiled_and_nothing_of_it_stays(monkeypatch):
+    graphs = counting(monkeypatch)
+    whole = Whole(small(), create_loss_function(1))
+    for size in range(1, 13):
+        compiled(whole.forward, dynamic=False)(torch.rand(size, 1, 16, 16), torch.randint(0, 2, (size, 16, 16)))
+        assert len(graphs) == size
+    del whole
+    gc.collect()
+    assert [size for size, (graph, _) in enumerate(graphs, 1) if graph() is not None] == []
+
+
+def test_a_run_does_not_use_what_was_compiled_for_another(tmp_path, monkeypatch):
+    graphs, models = counting(monkeypatch), []
+    for name, settings in (("all", {}), ("auto", {"checkpoint": "auto"}), ("some", {"memory_budget": 0.3})):
+        models.append(weakref.ref(trained(tmp_path, name, epochs=1, model=small, compile="default", **settings).model))
+    assert [budget for _, budget in graphs] == [1.0, 1.0, 0.7, 0.7, 0.3, 0.3]
+    gc.collect()
+    assert all(one() is None for one in (*models, *(graph for graph, _ in graphs)))
+
+
+def test_a_compiler_that_compiles_nothing_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    heard = Heard()
+    trained(tmp_path, epochs=1, model=small, compile="default", step=heard)
+    assert heard.problems == ["compile='default' did not work here (nothing was compiled). The run goes on plainly: the same results, more slowly."]
+
+
+def test_ways_are_compared_on_a_device_without_double_precision(monkeypatch):
+    class OnTheProcessor(torch.Tensor):
+        def double(self):
+            return self.as_subclass(torch.Tensor).to(torch.float64)
+
+    def no_double(tensor):
+        raise TypeError("the MPS framework doesn't support float64")
+
+    whole = Whole(small(), create_loss_function(1))
+    monkeypatch.setattr(torch.Tensor, "double", no_double)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(OnTheProcessor))
+    assert difference(whole, whole, loader().dataset[:4], list(whole.parameters()), Moment(whole)) == (0.0, 0.0)
+
+
 def test_a_compiled_run_with_averages_resumes_exactly(tmp_path, light_compiler):
     trainer = trained(tmp_path, epochs=1, model=small, compile="default", ema_decay=0.5)
     assert verify_resume(trainer, steps=4).exact
@@ -219,6 +277,17 @@ def test_a_training_step_of_ones_own_is_called(tmp_path, light_compiler):
     assert light_compiler == [] and len(heard.problems) == 1 and "A training_step of your own is called as it is" in heard.problems[0]
 
 
+def as_if_captured(monkeypatch, capture):
+    """A stand-in for the capture, and no other way in training"""
+
+    def kinds(self):
+        return ("captured",) if torch.is_grad_enabled() and self.parts_per_batch == 1 and "captured" not in self._failed else ()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(UNetTrainer, "_kinds", kinds)
+
+
 def test_a_captured_step_is_copied_and_used_for_full_batches(tmp_path, monkeypatch):
     """With a stand-in for the capture: its outputs lie in memory that the next call overwrites, as on a card"""
     calls = []
@@ -236,10 +305,113 @@ def test_a_captured_step_is_copied_and_used_for_full_batches(tmp_path, monkeypat
 
         return run
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
-    monkeypatch.setattr(UNetTrainer, "_kinds", lambda self: ("captured",) if torch.is_grad_enabled() and "captured" not in self._failed else ())
+    as_if_captured(monkeypatch, capture)
     assert same(trained(tmp_path, "captured", cuda_graph=True), trained(tmp_path, "plain"))
     assert calls == [4] * 5, "one rehearsal and two full batches in each of two epochs"
+
+
+@pytest.mark.parametrize("shapes", [[4, 4, 3], [4, 4, 1], [3, 4, 4], [(1, 16), (1, 20), (1, 16)]], ids=str)
+def test_only_batches_of_the_captured_shape_are_replayed(tmp_path, monkeypatch, shapes):
+    """A graph copies what it is given into its own memory: a batch of 3 would raise, and a batch of 1 would silently fill it"""
+    made = []
+
+    def capture(module, samples, **options):
+        static = [sample.clone() for sample in samples]
+        made.append(static[0].shape[0])
+
+        def run(*inputs):
+            for own, given in zip(static, inputs):
+                assert own.shape == given.shape
+                own.copy_(given)
+            return module(*static)
+
+        return run
+
+    as_if_captured(monkeypatch, capture)
+    draw, told = torch.Generator().manual_seed(0), Heard()
+    sizes = [shape if isinstance(shape, tuple) else (shape, 16) for shape in shapes]
+    batches = [(torch.rand(n, 1, h, 16, generator=draw), torch.randint(0, 2, (n, h, 16), generator=draw)) for n, h in sizes]
+    losses = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        trainer = UNetTrainer(small(), batches, batches, device="cpu", run_dir=tmp_path / str(graph), observers=[told], cuda_graph=graph)
+        trainer.train(2)
+        losses.append(numbers(trainer))
+    assert losses[0] == losses[1] and told.problems == []
+    assert made == ([3, 4] if shapes[0] == 3 else [sizes[0][0]]), "the first shape, or a larger one after a short beginning"
+
+
+class Failing:
+    """A `torch.cuda.graph` whose end raises before it leaves its stream, as the real one does"""
+
+    modes, streams = [], ["usual"]
+
+    def __init__(self, graph, pool=None, capture_error_mode="global"):
+        self.modes.append(capture_error_mode)
+
+    def __enter__(self):
+        self.streams.append("of the capture")
+
+    def __exit__(self, *error):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+class Stream:
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        self.before = Failing.streams[-1]
+
+    def __exit__(self, *error):
+        Failing.streams.append(self.before)
+
+
+def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch):
+    def capture(module, samples, **options):
+        with torch.cuda.graph("graph", pool=None):
+            return module(*samples)
+
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Failing.streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", Stream)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    whole = Whole(small(), create_loss_function(1))
+    with pytest.raises(RuntimeError, match="during capture"):
+        captured(whole, whole.forward, *loader().dataset[:4])
+    assert Failing.modes == ["thread_local"] and torch.cuda.graph is Failing
+    assert Failing.streams == ["usual", "of the capture", "usual"]
+
+
+@pytest.mark.parametrize("version, told", [("2.12.1", True), ("2.13.0", False)])
+def test_an_older_torch_may_hold_memory_back_after_a_capture_that_failed(tmp_path, monkeypatch, version, told):
+    def capture(*args, **options):
+        raise RuntimeError("no capture here")
+
+    as_if_captured(monkeypatch, capture)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    heard = Heard()
+    trained(tmp_path, epochs=1, model=small, cuda_graph=True, step=heard)
+    assert len(heard.problems) == 1 and ("restart the kernel" in heard.problems[0]) is told
+
+
+@pytest.mark.parametrize("settings", [{"accumulate_gradients": 2}, {"checkpoint": "all"}, {"checkpoint": ["stem"]}], ids=str)
+def test_a_step_that_cannot_be_captured_is_told_when_the_run_begins(caplog, settings):
+    trainer = UNetTrainer(small(), loader(), loader(), device="cpu", observers=[], cuda_graph=True, **settings)
+    trainer.device = torch.device("cuda")
+    trainer._adopt_optimizer()
+    name, value = next(iter(settings.items()))
+    assert trainer._kinds() == () and f"cuda_graph=True does nothing with {name}={value!r}" in caplog.text
+
+
+def test_a_setting_that_ends_the_capture_in_a_run_is_told_once(tmp_path):
+    heard = Heard()
+    trainer = UNetTrainer(small(), loader(), loader(), device="cpu", observers=[heard], cuda_graph=True)
+    trainer._adopt_optimizer()
+    trainer.device, trainer.phase, trainer._silent, trainer.parts_per_batch = torch.device("cuda"), "train", "", 2
+    for _ in range(2):
+        trainer._quick(*loader(2).dataset[:2], 0.5)
+    assert heard.problems == ["cuda_graph=True does nothing while a batch goes through in 2 parts."]
 
 
 @pytest.mark.parametrize("batches, way, counted", [("small", "plain", 3), ("large", "plain", 0), ("small", "whole", 1)])

@@ -16,7 +16,7 @@ from .guard import is_out_of_memory
 from .recompute import forget_parts, recompute_parts
 from .settings import LiveSetting
 from .state import TrainerState
-from .ways import Moment, Whole, captured, compiler_options, difference, full_size
+from .ways import Moment, Whole, captured, compiled, compiler_options, difference, full_size, graphs_so_far
 
 _log = logging.getLogger(__name__)
 
@@ -95,12 +95,25 @@ class _Candidates(_Thrifty):
     "The quick ways that there may be, and what becomes of one that fails"
 
     compile, cuda_graph = LiveSetting("off"), LiveSetting(False)
-    _ways, _failed = None, frozenset()
+    _ways, _failed, _silent = None, frozenset(), ""
+
+    def _not_captured(self):
+        "Why a step cannot be captured here, in words; empty if it can"
+        if self.device.type != "cuda":
+            return f"is for CUDA; on {self.device} each step is launched as usual."
+        if self.scaler is not None:
+            return "does nothing with amp='fp16', whose scale changes from step to step. amp='bf16' can be captured."
+        if self.accumulate_gradients > 1:
+            return f"does nothing with accumulate_gradients={self.accumulate_gradients}: gradients of several batches cannot be gathered in a graph."
+        if self.parts_per_batch > 1:
+            return f"does nothing while a batch goes through in {self.parts_per_batch} parts."
+        if self._recomputing and (self.compile == "off" or "compiled" in self._failed):
+            return f"does nothing with checkpoint={self.checkpoint!r}: what is computed again cannot be captured. With compile='default' it can."
+        return ""
 
     def _kinds(self):
         "The ways that may be tried here, the best first"
-        one = self.accumulate_gradients == 1 == self.parts_per_batch and self.scaler is None and torch.is_grad_enabled()
-        capture = self.device.type == "cuda" and one and (self.cuda_graph or self.compile == "max")
+        capture = (self.cuda_graph or self.compile == "max") and torch.is_grad_enabled() and not self._not_captured()
         kinds = (["captured"] if capture else []) + (["compiled"] if self.compile != "off" else [])
         return tuple(kind for kind in kinds if kind not in self._failed)
 
@@ -115,7 +128,7 @@ class _Candidates(_Thrifty):
     def _made(self, kind, whole, images, masks):
         function = whole.forward
         if self.compile != "off" and "compiled" not in self._failed:
-            function = torch.compile(function, mode=_KINDS[self.compile], dynamic=False)
+            function = compiled(function, mode=_KINDS[self.compile], dynamic=False)
         return captured(whole, function, images, masks) if kind == "captured" else function
 
     def _give_up(self, kind, why):
@@ -125,7 +138,8 @@ class _Candidates(_Thrifty):
             self._choose_recomputed(compiled=False)
         rest = "compiled, but not captured" if self._kinds() else "plainly: the same results, more slowly"
         name = f"compile={self.compile!r}" if kind == "compiled" else "The captured step (CUDA graph)"
-        self._report(f"{name} did not work here ({why}). The run goes on {rest}.", False)
+        after = " This PyTorch may hold memory back after that: restart the kernel before a long training." if kind == "captured" and torch.__version__ < "2.13" else ""
+        self._report(f"{name} did not work here ({why}). The run goes on {rest}.{after}", False)
 
 # %% ../nbs/15_modes.ipynb #257e34ce
 class _Quick(_Candidates):
@@ -141,13 +155,21 @@ class _Quick(_Candidates):
         loader = self.train_loader if self.phase == "train" else self.val_loader
         if full_size(loader, self._parts_now) not in (None, len(images)):
             return None
-        key = id(self.model), threshold, torch.is_grad_enabled(), self._kinds()
-        if key not in self._ways:
-            way = self._best_way(images, masks, threshold)
-            key = (*key[:3], self._kinds())
-            self._ways[key] = way
-        way = self._ways[key]
-        return None if way is None else way(images, masks)
+        key, looks = (id(self.model), torch.is_grad_enabled()), (images.shape, images.dtype, masks.shape, masks.dtype)
+        known, rules, way = self._ways.get(key, (None, None, None))
+        if rules != (threshold, self._kinds()) or len(images) > known[0][0]:
+            known, way = looks, self._new_way(key, images, masks, threshold)
+            self._ways[key] = known, (threshold, self._kinds()), way
+        return way(images, masks) if way is not None and looks == known else None
+
+    def _new_way(self, key, images, masks, threshold):
+        "A way in place of an older one, whose memory is free before"
+        self._ways.pop(key, None)
+        if (text := self._without_effect()) != self._silent:
+            self._silent = text
+            if text:
+                self._report(text, False)
+        return self._best_way(images, masks, threshold)
 
     def _best_way(self, images, masks, threshold):
         "The first way that works and agrees with the plain one, or `None`"
@@ -166,7 +188,7 @@ class _Quick(_Candidates):
 
     def _rehearsed(self, kind, images, masks, threshold):
         "A way to compute a batch, and in words how it differs from the plain one, if it does"
-        moment, plain = Moment(self.model, self.device), self._whole(threshold)
+        moment, plain, graphs = Moment(self.model, self.device), self._whole(threshold), graphs_so_far()
         weights = [p for p in self.model.parameters() if p.requires_grad]
         try:
             with self._options():
@@ -176,7 +198,8 @@ class _Quick(_Candidates):
         finally:
             moment.put_back()
         limits = _EXACT if self.amp_dtype is None else _ROUNDED
-        return way, " and ".join(f"its {name} differs by {d:.1%}" for name, d, limit in zip(("loss", "gradient"), by, limits) if not d <= limit)
+        wrong = " and ".join(f"its {name} differs by {d:.1%}" for name, d, limit in zip(("loss", "gradient"), by, limits) if not d <= limit)
+        return way, wrong or ("nothing was compiled" if kind == "compiled" and graphs_so_far() == graphs else "")
 
 # %% ../nbs/15_modes.ipynb #dbbdab78
 class Modes(_Quick):
@@ -188,13 +211,14 @@ class Modes(_Quick):
         self._keep_everything()
         self._ways, self._failed = ({} if self.compile != "off" or self.cuda_graph else None), frozenset()
         self._choose_recomputed(compiled=self.compile != "off")
-        if text := self._without_effect():
-            _log.warning("%s", text)
+        self._silent = self._without_effect()
+        if self._silent:
+            _log.warning("%s", self._silent)
 
     def _without_effect(self):
         "A setting that does nothing here, in words"
-        if self.cuda_graph and self.device.type != "cuda":
-            return f"cuda_graph=True is for CUDA; on {self.device} each step is launched as usual."
+        if self.cuda_graph and (why := self._not_captured()):
+            return f"cuda_graph=True {why}"
         if self.memory_budget is not None and self.compile == "off":
             return f"memory_budget={self.memory_budget} is for the compiler, and compile is 'off'. Without a compiler checkpoint='auto' saves memory."
         return ""
