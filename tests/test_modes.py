@@ -341,6 +341,45 @@ def test_only_batches_of_the_captured_shape_are_replayed(tmp_path, monkeypatch, 
     assert made == ([3, 4] if shapes[0] == 3 else [sizes[0][0]]), "the first shape, or a larger one after a short beginning"
 
 
+def test_a_split_gives_back_the_memory_of_the_graph(tmp_path, monkeypatch):
+    pools, alive, struck = [], [], []
+
+    class Pool:
+        """What a graph keeps; held in a cycle, as the autograd function of a graph is"""
+
+        def __init__(self):
+            self.myself = self
+
+    def capture(module, samples, **options):
+        pool = Pool()
+        pools.append(weakref.ref(pool))
+        return lambda *inputs, pool=pool: module(*inputs)
+
+    class Full(nn.Module):
+        def forward(self, x):
+            if len(x) == 2 and self.training and not struck:
+                struck.append(1)
+                raise torch.OutOfMemoryError("out of memory")
+            return x
+
+    class Look:
+        def on_problem(self, trainer, text):
+            alive.append(pools[0]() is not None)
+
+    def model():
+        made = small()
+        made.stem.insert(0, Full())
+        return made
+
+    as_if_captured(monkeypatch, capture)
+    gc.disable()
+    try:
+        assert trained(tmp_path, epochs=1, model=model, cuda_graph=True, step=Look()).parts_per_batch == 2
+    finally:
+        gc.enable()
+    assert alive == [False], "when the split is told, and so before any part of it is computed"
+
+
 class Failing:
     """A `torch.cuda.graph` whose end raises before it leaves its stream, as the real one does"""
 

@@ -6,6 +6,7 @@
 __all__ = ['Passes']
 
 # %% ../nbs/16_passes.ipynb #fe0d01d0
+import gc
 import math
 import threading
 from contextlib import nullcontext
@@ -105,6 +106,9 @@ class _Fitting(_Forward):
         "Back to the boundary, and half the size from here on; a validation that is too large leaves the training as it is"
         if not self._at_boundary:
             self._rewind()
+        if self._ways:  # A captured graph keeps all the memory of a batch of the old size, in cycles
+            self._ways.clear()
+            gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         else:
