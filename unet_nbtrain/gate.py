@@ -91,6 +91,34 @@ class _Obeying(_Sources):
         self.model.train(self.phase == "train")
         self.model.zero_grad(set_to_none=True)
 
+# %% ../nbs/15_gate.ipynb #56ce984f
+class _ByTheHost:
+    "Where the device computes while the host waits for it"
+
+    def fetch(self, batches):
+        "The next batch or `None`, and for how many seconds a batch was waited for"
+        began = time.perf_counter()
+        batch = next(batches, None)
+        return batch, time.perf_counter() - began
+
+
+class _ByTheCard:
+    "Where it computes beside the host; each wait is known at the fetch after it"
+
+    def __init__(self, device):
+        self._device, self._fetched = device, False
+        self._before, self._after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def fetch(self, batches):
+        "The same"
+        waited = self._before.elapsed_time(self._after) / 1e3 if self._fetched and self._after.query() else 0.0
+        stream = torch.cuda.current_stream(self._device)
+        self._before.record(stream)
+        batch = next(batches, None)
+        self._after.record(stream)
+        self._fetched = True
+        return batch, waited
+
 # %% ../nbs/15_gate.ipynb #5bfc2c0f
 class Gate(_Obeying):
     "A trainer that can fetch its batches, one at a time on the device, with the control between them."
@@ -102,13 +130,13 @@ class Gate(_Obeying):
         batches, counted = feed.batches(epoch, start), 0
         change = phase == "train" and dataset_attribute(loader, "batch_transform") or _as_it_came
         carry = Carrier(self.device, channels_last=self._wants_channels_last())
+        wait = _ByTheCard(self.device) if self.device.type == "cuda" else _ByTheHost()
         try:
             while True:
                 self._obey()
                 feed.on_bad_sample = self.on_bad_sample
-                began = time.perf_counter()
-                batch = next(batches, None)
-                self._waited += time.perf_counter() - began
+                batch, waited = wait.fetch(batches)
+                self._waited += waited
                 counted = self._count_bad(phase, feed, counted)
                 if batch is None:
                     return
