@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import itertools
 import logging
 import os
 import time
@@ -302,6 +303,68 @@ def test_quick_ways_train_like_the_plain_one(tmp_path, settings, amp):
     quick = trained(tmp_path, "quick", amp=amp, load=loaders(26), observers=[told], model=lambda: UNet(1, 1, width=4, depth=2), **settings)
     assert told.texts == []
     assert losses(quick) == pytest.approx(losses(plain), rel=2e-3 if amp is False else 3e-2)
+
+
+def test_a_step_is_captured_beside_a_thread_that_pins(tmp_path):
+    """The loader's thread asks for pinned memory all the time, of ever new sizes"""
+    told = Told()
+    load = loaders(80, workers=2)
+    load[0].collate_fn = more_and_more
+    made = trained(tmp_path, epochs=2, load=load, cuda_graph=True, observers=[told])
+    assert told.texts == [] and made.global_step == 40 and made._failed == frozenset()
+
+
+SIZES = itertools.count(1)
+
+
+def more_and_more(samples):
+    images, masks = torch.utils.data.default_collate(samples)
+    return {"image": images, "mask": masks, "other": torch.zeros(next(SIZES) * 2**20, dtype=torch.uint8)}
+
+
+def test_a_captured_step_and_a_short_batch_of_a_list(tmp_path):
+    batches, told = [(images, masks) for images, masks in loaders(9)[0]], Told()
+    pair = [batches, batches[:1]]
+    plain = trained(tmp_path, "plain", load=pair, amp=False, model=lambda: UNet(1, 1, width=4, depth=2))
+    quick = trained(tmp_path, "quick", load=pair, amp=False, model=lambda: UNet(1, 1, width=4, depth=2), cuda_graph=True, observers=[told])
+    assert told.texts == [] and losses(quick) == pytest.approx(losses(plain), rel=2e-3)
+
+
+def test_a_capture_that_fails_leaves_the_stream(tmp_path):
+    class Asking(nn.Module):
+        def forward(self, x):
+            float(x.sum())  # Waits for the card, which no capture allows
+            return x
+
+    def model():
+        made = UNet(1, 1, width=4, depth=1)
+        made.stem.insert(0, Asking())
+        return made
+
+    before, told = torch.cuda.current_stream(), Told()
+    made = trained(tmp_path, epochs=1, model=model, cuda_graph=True, observers=[told])
+    assert len(told.texts) == 1 and "The captured step (CUDA graph) did not work here" in told.texts[0]
+    assert torch.cuda.current_stream() == before and made.global_step == 6
+
+
+def test_the_share_of_waiting_is_that_of_the_card(tmp_path):
+    """Reading takes time in the same thread, while the card has more to do than that"""
+
+    class Slow(Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            time.sleep(0.005)
+            return torch.rand(1, 32, 32), torch.zeros(32, 32, dtype=torch.long)
+
+    class Busy:
+        def on_batch_end(self, trainer, loss):
+            torch.cuda._sleep(int(1e8))  # Some 50 ms
+
+    load = [DataLoader(Slow(), batch_size=2), loaders()[1]]
+    idle, busy = (trained(tmp_path, str(len(watch)), load=load, observers=watch).history.rows[-1]["data_wait"] for watch in ([], [Busy()]))
+    assert busy < 0.1 < idle
 
 
 def test_a_captured_run_resumes_exactly(tmp_path):
