@@ -555,6 +555,21 @@ def test_evaluate_gives_the_numbers_of_the_training(home, several, whole):
     assert "round" in done.stderr and result(done)["images"] == 12
 
 
+def test_predict_does_not_replace_drawn_masks(home, whole, inside):
+    (home / "mixed").mkdir()
+    for kind, end in (("images", ""), ("masks", "_mask")):
+        for index in range(2):
+            shutil.copy(home / "data" / kind / f"{index}.png", home / "mixed" / f"{index}{end}.png")
+    drawn = (home / "mixed" / "0_mask.png").read_bytes()
+    line = "predict whole mixed --out mixed --quiet".split()
+    code, out, err = inside(*line)
+    assert code == 2 and not out and len(err.splitlines()) == 1
+    assert "0_mask.png" in err and "2 such files" in err and "--overwrite" in err
+    assert (home / "mixed" / "0_mask.png").read_bytes() == drawn and len(os.listdir(home / "mixed")) == 4
+    assert inside(*line, "--overwrite")[0] == 0 and (home / "mixed" / "0_mask.png").read_bytes() != drawn
+    assert inside(*line)[0] == 0
+
+
 def test_predict_goes_on_after_a_broken_image(home, several):
     shutil.copytree(home / "several" / "images", home / "new")
     (home / "new" / "p0_1.png").write_bytes(b"no picture")

@@ -236,6 +236,7 @@ def _add_predict(parser):
     add("--out", type=Path, required=True, help="folder for the masks, NAME_mask.png")
     add("--overlay", action="store_true", help="write pictures with the mask drawn on the image, too")
     add("--probabilities", action="store_true", help="write the probabilities as float32 .npy, too")
+    add("--overwrite", action="store_true", help="replace also files of these names that this program did not write")
     _add_use(parser)
 
 

@@ -172,8 +172,8 @@ def _predict(arguments):
         elif not arguments.quiet:
             sys.stderr.write(f"{prediction!r} -> {text}\n")
 
-    kinds = {"overlay": arguments.overlay, "probabilities": arguments.probabilities}
-    result = predict_folder(predictor, arguments.images, arguments.out, tell=tell, **kinds)
+    options = {name: getattr(arguments, name) for name in ("overlay", "probabilities", "overwrite")}
+    result = predict_folder(predictor, arguments.images, arguments.out, tell=tell, **options)
     _print_json(result.to_dict() | {"out": str(arguments.out)})
     return 1 if result.failed else 0
 

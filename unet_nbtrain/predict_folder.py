@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import chain, count
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
 
 from .file_names import list_files
 from .files import atomic_write
-from .inference import Prediction, UNetPredictor
+from .inference import Prediction, UNetPredictor, as_png, is_ours
 
 _log = logging.getLogger(__name__)
 
@@ -91,30 +92,62 @@ def predict_folder(
     *,
     overlay: bool = False,  # Whether to write pictures, too
     probabilities: bool = False,  # Whether to write the probabilities as `.npy`, too
+    overwrite: bool = False,  # Whether to replace also files that this program did not write
     tell: Callable[[Path, Prediction | None, str], None] | None = None,  # Called after each image with its mask file, or the fault
 ) -> FolderResult:
-    "Write a mask for each image. One that cannot be read is counted, and told or logged; a disk that refuses raises `OSError`."
+    """Write a mask for each image. One that cannot be read is counted, and told or logged.
+
+    Raises `ValueError`, before anything is done, where a result would replace a file of somebody else; `OSError` for a disk that refuses.
+    """
     images, result = find_images(sources), FolderResult()
-    for image, stem in zip(images, name_outputs(images, out), strict=True):
+    stems, kinds = name_outputs(images, out), ["mask", *["overlay"] * overlay, *["probabilities"] * probabilities]
+    if not overwrite:
+        _check_replaceable([path for stem in stems for path in _foreign(stem, kinds)])
+    for image, stem in zip(images, stems, strict=True):
         try:
             prediction = predictor.predict_single(image)
         except ValueError as error:
             result.failed[image] = str(error)
             tell(image, None, str(error)) if tell else _log.warning("%s", error)
             continue
-        result.masks[image] = _write(prediction, stem, overlay, probabilities)
+        result.masks[image] = _write(prediction, stem, kinds)
         if tell:
             tell(image, prediction, str(result.masks[image]))
     return result
 
+# %% ../nbs/16_predict_folder.ipynb #2871ea15
+def _names(stem):
+    "The paths of the results of one image, by their kind"
+    return {kind: stem.with_name(stem.name + end) for kind, end in _OUTPUTS.items()}
 
-def _write(prediction, stem, overlay, probabilities):
-    "The files of one prediction; the path of the mask"
-    name = {kind: stem.with_name(stem.name + end) for kind, end in _OUTPUTS.items()}
-    if overlay:
-        atomic_write(name["overlay"], prediction.overlay()._repr_png_())
-    if probabilities:
+
+def _foreign(stem, kinds):
+    "Those results of an image that are there already, and not by this program"
+    name = _names(stem)
+    for kind in kinds:
+        marked = name["mask" if kind == "probabilities" else kind]
+        if isfile(name[kind]) and not (isfile(marked) and is_ours(marked)):
+            yield name[kind]
+
+
+def _check_replaceable(foreign):
+    "Raise `ValueError` where there are files of somebody else"
+    if foreign:
+        more = f" ({len(foreign)} such files)" if len(foreign) > 1 else ""
+        raise ValueError(
+            f"{foreign[0]} is there already and was not written by this program{more}. Results would replace what may be drawn masks: "
+            "choose another folder for them, or pass overwrite=True (in a shell --overwrite)."
+        )
+
+
+def _write(prediction, stem, kinds):
+    "The files of one prediction, the mask first since its mark speaks for the probabilities; the path of the mask"
+    name = _names(stem)
+    prediction.save(name["mask"])
+    if "overlay" in kinds:
+        atomic_write(name["overlay"], as_png(prediction.overlay()))
+    if "probabilities" in kinds:
         buffer = BytesIO()
         np.save(buffer, prediction.probabilities)
         atomic_write(name["probabilities"], buffer.getvalue())
-    return prediction.save(name["mask"])
+    return name["mask"]
