@@ -18,13 +18,14 @@ from .settings import SETTINGS
 # %% ../nbs/17_arguments.ipynb #b4d94590
 def parse_val(
     text: str,  # For example `'0.2'`, `'24:30'`, `'3,7,11'` or `'a.png,b.png'`
+    option: str = "--val",  # Whose value it is; only `'--val'` may be a fraction
 ) -> float | list:  # What `create_dataloaders` takes as `val`
-    "What shall be validation: a fraction, positions in the sorted order, or names; raises `ValueError` for anything else."
+    "Which images are meant: a fraction, positions in the sorted order, or names; raises `ValueError` for anything else."
     if ":" in text:
         first, _, last = text.partition(":")
         if first.isdecimal() and last.isdecimal() and int(first) < int(last):
             return list(range(int(first), int(last)))
-        raise ValueError(f"--val {text!r} is not a range. Write first:end, for example 24:30 for the six positions 24 to 29.")
+        raise ValueError(f"{option} {text!r} is not a range. Write first:end, for example 24:30 for the six positions 24 to 29.")
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if all(part.isdecimal() for part in parts) and parts and (len(parts) > 1 or text.rstrip().endswith(",")):
         return [int(part) for part in parts]
@@ -32,8 +33,9 @@ def parse_val(
         fraction = float(text)
     except ValueError:
         return parts
-    if not 0 < fraction < 1:
-        raise ValueError(f"--val {text!r} must be a fraction between 0 and 1, positions such as 24:30 or 3,7, or names.")
+    if not 0 < fraction < 1 or option != "--val":
+        share = "a fraction between 0 and 1, " if option == "--val" else ""
+        raise ValueError(f"{option} {text!r} must be {share}positions such as 24:30 or 3,7 (a single one has a comma: 3,) or names.")
     return fraction
 
 # %% ../nbs/17_arguments.ipynb #2e115008

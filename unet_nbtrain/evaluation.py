@@ -8,6 +8,7 @@ __all__ = ['evaluate', 'folder_loader']
 # %% ../nbs/16_evaluation.ipynb #c7317fa6
 import copy
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -16,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from .core import dataset_attribute, get_amp_dtype, move, split_batch
 from .epoch import EpochMeter, batch_weight, check_batch, loss_weights
-from .image_files import read_header, read_image, read_mask
+from .file_names import relative_names
+from .image_files import check_foreground, count_values, read_image, read_labels, read_mask, read_pair_header
 from .inference import UNetPredictor, evaluation_mode
 from .pairing import pair_files
 from .sampling import make_loader
+from .splits import chosen_positions
 from .transforms import prepare_image, resize_pair
 
 # %% ../nbs/16_evaluation.ipynb #2316cb22
@@ -86,8 +89,6 @@ class _Pairs(Dataset):
         colors = {"colors": known["colors"]} if known["colors"] else {}
         image = read_image(image_file, known["n_channels"])
         mask = read_mask(mask_file, known["n_classes"], known["foreground"], known["ignore_index"], **colors)
-        if image.shape[1:] != mask.shape:
-            raise ValueError(f"{image_file} has {image.shape[1:]} pixels and its mask {mask_file} {mask.shape} (height, width). Is it the right mask?")
         if known["image_size"]:
             image, mask = resize_pair(image, mask, tuple(known["image_size"]))
         mask = torch.from_numpy(mask)
@@ -98,13 +99,25 @@ def _chosen(pairs, only):
     "The pairs at positions or with names"
     if only is None:
         return pairs
-    if isinstance(only, float) or not len(only):
+    chosen = [] if isinstance(only, (str, Real)) else chosen_positions(relative_names([image for image, _ in pairs]), only, "only")
+    if not chosen:
         raise ValueError(f"only={only!r}: give positions in sorted order, or names of images.")
-    by_name = {name: pair for pair in pairs for name in (pair[0].stem, pair[0].name)}
-    lost = [o for o in only if (o not in by_name if isinstance(o, str) else not 0 <= o < len(pairs))]
-    if lost:
-        raise ValueError(f"only: there is no image {', '.join(map(repr, lost[:5]))} among the {len(pairs)} from {pairs[0][0].name} to {pairs[-1][0].name}.")
-    return [by_name[o] if isinstance(o, str) else pairs[o] for o in only]
+    return [pairs[i] for i in chosen]
+
+
+def _check_meaning(masks, known):
+    "Raise `ValueError` where no mask of a folder has what the model looks for, so that its score would be 0 whatever it does"
+    foreground, ignored, colors = (known[name] for name in ("foreground", "ignore_index", "colors"))
+    check_foreground(masks, foreground, colors)
+    if known["n_classes"] > 1 or foreground is not None or ignored is None:
+        return
+    found = set()
+    for mask in masks:
+        found |= count_values(read_labels(mask, colors)).keys()
+        if found - {0, ignored}:
+            return
+    if ignored in found:
+        raise ValueError(f"ignore_index={ignored}: the {len(masks)} masks hold nothing else but 0, so no foreground is left. Is {ignored} the foreground? Then leave it out.")
 
 # %% ../nbs/16_evaluation.ipynb #d7526be2
 def folder_loader(
@@ -112,7 +125,7 @@ def folder_loader(
     images: str | Path | Sequence[str | Path],  # Folder of images, or a list of files
     masks: str | Path | Sequence[str | Path],  # Folder of masks, or a list of files
     *,
-    only: Sequence[int] | Sequence[str] | None = None,  # Positions in sorted order, or names with or without extension; `None`: all
+    only: Sequence[int] | Sequence[str] | None = None,  # As `val` of `create_dataloaders`: positions in sorted order, or names; `None`: all
     batch_size: int = 8,  # 1 where images have different sizes
     mask_suffix: str | None = None,  # As for `create_dataloaders`
     mask_pattern: str | None = None,  # As for `create_dataloaders`
@@ -126,6 +139,9 @@ def folder_loader(
     if known["n_classes"] is None:
         raise ValueError("The number of classes is not known. Pass it: UNetPredictor(model=…, preprocessing={'n_classes': 3}).")
     naming = {"mask_suffix": mask_suffix} | ({"mask_pattern": mask_pattern} if mask_pattern else {})
-    pairs = _chosen(pair_files(images, masks, **naming), only)
-    sizes = {tuple(known["image_size"])} if known["image_size"] else {read_header(image)[:2] for image, _ in pairs}
+    everyone = pair_files(images, masks, **naming)
+    pairs = _chosen(everyone, only)
+    found = {read_pair_header(*pair)[:2] for pair in pairs}
+    _check_meaning([mask for _, mask in everyone], known)
+    sizes = {tuple(known["image_size"])} if known["image_size"] else found
     return make_loader(_Pairs(pairs, known), batch_size if len(sizes) == 1 else 1, shuffle=False)
