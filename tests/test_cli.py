@@ -276,7 +276,11 @@ RESUMES = {
     "predict {home}/whole data/images --out {home}/masks --threshold 2": "between 0 and 1",
     "evaluate {home}/whole --images data/images --masks {home}/empty": "{home}/empty",
     "evaluate {home}/whole --images data/images --masks data/masks --only lost.png": "'lost.png'",
-    "evaluate {home}/whole --images data/images --masks data/masks --only 9:99": "there is no image 12",
+    "evaluate {home}/whole --images data/images --masks data/masks --only 5:2": "--only '5:2' is not a range",
+    "evaluate {home}/whole --images data/images --masks data/masks --only 2": "--only '2' must be positions",
+    "evaluate {home}/whole --images data/images --masks data/masks --foreground 3": "foreground=[3]: none of the 12 masks has it",
+    "evaluate {home}/whole --images data/images --masks data/masks --ignore-index 255": "Is 255 the foreground?",
+    "evaluate {home}/whole --images data/images --masks data/masks --only 9:99": "only names 87 that are not among the 12 images: 12, 13",
 }
 
 
@@ -553,6 +557,18 @@ def test_evaluate_gives_the_numbers_of_the_training(home, several, whole):
     done = shell(*"evaluate three --images several/images --masks several/kinds --mask-pattern {name}_L".split(), cwd=home)
     assert done.returncode == 0 and list(result(done)["per_class_dice"]) == ["background", "round", "long"], done.stderr
     assert "round" in done.stderr and result(done)["images"] == 12
+
+
+def test_a_full_memory_is_met_with_the_options_that_there_are(home, whole, inside, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    for name in ("UNetPredictor", "make_trainer"):
+        monkeypatch.setattr(cli, name, full)
+    code, _, err = inside("predict", "whole", "data", "--out", "none")
+    assert code == 1 and err == "unet-nbtrain: the memory is too small for this. Use --device cpu.\n"
+    assert "Lower --batch-size, or use --device cpu." in inside("evaluate", "whole", "--images", "a", "--masks", "b")[2]
+    assert "Lower --batch-size or --crop or --image-size or --width, or" in inside(*training("full"))[2]
 
 
 def test_predict_does_not_replace_drawn_masks(home, whole, inside):

@@ -1,6 +1,8 @@
 """A checkpoint and an image, as people have them: formats, sizes, wrappers, old files; and the numbers of the trainer again."""
 
 import copy
+import errno
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from unet_nbtrain.evaluation import evaluate, folder_loader
 from unet_nbtrain.image_files import read_mask
 from unet_nbtrain.inference import UNetPredictor, find_checkpoint
 from unet_nbtrain.predict_folder import find_images, name_outputs, predict_folder
+from unet_nbtrain.predictions import SampleKeeper
+from unet_nbtrain.thumbnails import WorstSample
 
 SIZES = [(40, 40), (33, 57), (64, 31), (1, 1), (7, 120)]
 
@@ -336,3 +340,60 @@ def test_nothing_is_overwritten(binary, tmp_path):
         result = predict_folder(UNetPredictor(home / "run", device="cpu"), sources, out, overlay=True)
         assert len(set(result.masks.values())) == 6 and not result.failed
         assert {image: image.read_bytes() for image in images} == before
+
+
+def test_what_concerns_one_image_alone_does_not_end_the_others(tmp_path, monkeypatch):
+    """A name that is too long with what is put behind it, and an image for which the memory is too small; a full disk ends the work"""
+    (tmp_path / "in").mkdir()
+    for name, size in (("a", 8), ("b" * 245, 8), ("c", 99), ("d", 8)):
+        Image.fromarray(np.zeros((size, size), np.uint8)).save(tmp_path / "in" / f"{name}.png")
+
+    class Small(nn.Conv2d):
+        def forward(self, x):
+            if x.shape[-1] > 50:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    predictor = UNetPredictor(model=Small(1, 1, 1), preprocessing={"n_channels": 1})
+    result = predict_folder(predictor, tmp_path / "in", tmp_path / "out", overlay=True, probabilities=True)
+    assert [image.stem for image in result.masks] == ["a", "d"] and len(result.failed) == 2
+    long, large = result.failed.values()
+    assert "name too long" in long.lower() and "c.png: the memory is too small" in large
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("unet_nbtrain.inference.atomic_write", full)
+    with pytest.raises(OSError, match="No space"):
+        predict_folder(predictor, tmp_path / "in", tmp_path / "more")
+
+
+def test_folders_are_checked_as_in_training(binary, tmp_path):
+    _, home = binary
+    predictor, exif = UNetPredictor(home / "run", device="cpu"), Image.Exif()
+    exif[0x112] = 3
+    for patient in ("p1", "p2"):
+        for kind, options in (("images", {"exif": exif} if patient == "p2" else {}), ("masks", {})):
+            (tmp_path / kind / patient).mkdir(parents=True)
+            Image.fromarray(np.eye(32, dtype=np.uint8)).save(tmp_path / kind / patient / "1.png", **options)
+    folders = tmp_path / "images", tmp_path / "masks"
+    with pytest.raises(ValueError, match="orientation tags"):
+        folder_loader(predictor, *folders)
+    with pytest.raises(ValueError, match=r"only names '1', which 2 images are called: p1/1\.png, p2/1\.png"):
+        folder_loader(predictor, *folders, only=["1"])
+    for only in (["p1/1.png"], [0, 0, "p1/1"], [True, False]):
+        assert len(folder_loader(predictor, *folders, only=only).dataset) == 1
+
+
+def test_labels_and_ignored_values_are_kept_as_they_are():
+    """Above 256 classes, and above 32767 for pixels that count nowhere"""
+    logits, masks = torch.zeros(1, 300, 4, 4), torch.full((1, 4, 4), 65535)
+    logits[:, 299] = 1
+    masks[:, 0] = 299
+    images, worst, keeper = torch.zeros(1, 1, 4, 4), WorstSample(), SampleKeeper()
+    worst.begin()
+    worst.look(images, masks, logits, ignore_index=65535)
+    worst.end()
+    keeper._keep(SimpleNamespace(val_batch=(images, masks, logits), threshold=0.5, ignore_index=65535, worst=worst), 1)
+    for mask, labels in ((worst.found.mask, worst.found.labels), (keeper.masks[0], keeper.frames[0].labels[0])):
+        assert np.array_equal(mask, masks[0].numpy()) and (labels == 299).all()

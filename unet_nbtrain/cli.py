@@ -182,7 +182,7 @@ def _evaluate(arguments):
     "Metrics over images with masks"
     predictor = UNetPredictor(arguments.checkpoint, device=arguments.device, threshold=arguments.threshold, class_names=arguments.class_names)
     names = ("foreground", "ignore_index", "colors", "mask_suffix", "mask_pattern", "batch_size")
-    only = None if arguments.only is None else parse_val(arguments.only)
+    only = None if arguments.only is None else parse_val(arguments.only, "--only")
     loader = folder_loader(predictor, arguments.images, arguments.masks, only=only, **{name: getattr(arguments, name) for name in names})
     scores = evaluate(predictor, loader)
     found = {f"val_{name}": _number(value) for name, value in scores.items() if name != "per_class"}
@@ -252,7 +252,14 @@ def main(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return _fail(1, "the memory is too small for this. Lower --batch-size, --crop, --image-size or --width, or use --device cpu.")
+        return _fail(1, f"the memory is too small for this. {_relief(arguments)}")
+
+
+def _relief(arguments):
+    "What a command can do about a full memory: those of its options that help"
+    smaller = [f"--{name.replace('_', '-')}" for name in ("batch_size", "crop", "image_size", "width") if hasattr(arguments, name)]
+    device = "use --device cpu" if hasattr(arguments, "device") else "give it a machine with more"
+    return f"Lower {' or '.join(smaller)}, or {device}." if smaller else f"{device[0].upper()}{device[1:]}."
 
 
 def _fail(code, sentence):

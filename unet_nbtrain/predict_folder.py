@@ -6,6 +6,7 @@
 __all__ = ['find_images', 'name_outputs', 'FolderResult', 'predict_folder']
 
 # %% ../nbs/16_predict_folder.ipynb #429af021
+import errno
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ import numpy as np
 
 from .file_names import list_files
 from .files import atomic_write
+from .guard import is_out_of_memory
 from .inference import Prediction, UNetPredictor, as_png, is_ours
 
 _log = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class FolderResult:
     masks: dict[Path, Path] = field(default_factory=dict)  # Image -> its mask
     failed: dict[Path, str] = field(default_factory=dict)  # Image -> what was wrong with it
 
-    def to_dict(self) -> dict:  # `images`: how many were meant; `failed`: how many of them have no mask
+    def to_dict(self) -> dict:  # `images`: how many were meant; `failed`: how many of them were not done
         "The counts, ready for JSON."
         return {"images": len(self.masks) + len(self.failed), "failed": len(self.failed)}
 
@@ -95,7 +97,7 @@ def predict_folder(
     overwrite: bool = False,  # Whether to replace also files that this program did not write
     tell: Callable[[Path, Prediction | None, str], None] | None = None,  # Called after each image with its mask file, or the fault
 ) -> FolderResult:
-    """Write a mask for each image. One that cannot be read is counted, and told or logged.
+    """Write a mask for each image. One that cannot be read, is too large for the memory or has a name too long is counted, and told or logged.
 
     Raises `ValueError`, before anything is done, where a result would replace a file of somebody else; `OSError` for a disk that refuses.
     """
@@ -106,11 +108,11 @@ def predict_folder(
     for image, stem in zip(images, stems, strict=True):
         try:
             prediction = predictor.predict_single(image)
-        except ValueError as error:
-            result.failed[image] = str(error)
-            tell(image, None, str(error)) if tell else _log.warning("%s", error)
+            result.masks[image] = _write(prediction, stem, kinds)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            result.failed[image] = _fault_of_one(image, error)
+            tell(image, None, result.failed[image]) if tell else _log.warning("%s", result.failed[image])
             continue
-        result.masks[image] = _write(prediction, stem, kinds)
         if tell:
             tell(image, prediction, str(result.masks[image]))
     return result
@@ -138,6 +140,17 @@ def _check_replaceable(foreign):
             f"{foreign[0]} is there already and was not written by this program{more}. Results would replace what may be drawn masks: "
             "choose another folder for them, or pass overwrite=True (in a shell --overwrite)."
         )
+
+
+def _fault_of_one(image, error):
+    "What is wrong with one image, in words; an error that the images after it would meet too is raised again"
+    if is_out_of_memory(error):
+        return f"{image}: the memory is too small for an image of this size. Make it smaller, cut it into parts, or use the device cpu."
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR):
+        return f"{image}: the system refuses {error.filename}: {error.strerror}. Rename the image, or choose another folder for the results."
+    if isinstance(error, ValueError):
+        return str(error)
+    raise error
 
 
 def _write(prediction, stem, kinds):
