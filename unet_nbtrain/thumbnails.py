@@ -28,11 +28,11 @@ def stride_for(
 def labels_of(
     logits: torch.Tensor,  # (N, C, H, W), on any device
     threshold: float = 0.5,  # For one class: from which probability on a pixel is foreground
-) -> torch.Tensor:  # (N, H, W) uint8, on the same device
+) -> torch.Tensor:  # (N, H, W) uint8 (int16 above 256 classes), on the same device
     "The class of each pixel that logits mean."
     if logits.shape[1] == 1:
         return (logits[:, 0].float().sigmoid() > threshold).to(torch.uint8)
-    return logits.argmax(1).to(torch.uint8)
+    return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
 
 # %% ../nbs/15_thumbnails.ipynb #21ccae72
 def dice_of_each(
@@ -47,8 +47,8 @@ class Worst(NamedTuple):
     "The image of a validation with the smallest Dice."
 
     image: np.ndarray  # (h, w, 3) uint8
-    mask: np.ndarray  # (h, w) int16
-    labels: np.ndarray  # (h, w) uint8, the prediction
+    mask: np.ndarray  # (h, w) int32
+    labels: np.ndarray  # (h, w) uint8 (int16 above 256 classes), the prediction
     dice: float  # Of the full size
     name: str  # Its file, or `'sample 7'`; empty where nobody can say
 
@@ -98,7 +98,7 @@ class WorstSample:
         image, mask, scores = (_small(o, self.most).index_select(0, row) for o in (images[:, :3], masks, logits))
         numbers = torch.stack([torch.full_like(row, number) for number in (place[0], place[1], *logits.shape[-2:])])
         numbers[1] += row
-        new = [dice[0], numbers[:, 0], *(_canvas(o[0], self.most) for o in (image, mask.to(torch.int16), labels_of(scores, threshold)))]
+        new = [dice[0], numbers[:, 0], *(_canvas(o[0], self.most) for o in (image, mask.to(torch.int32), labels_of(scores, threshold)))]
         self._kept = new if known else [torch.where(dice[0] < self._kept[0], a, b) for a, b in zip(new, self._kept)]
 
     @staticmethod
