@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import torch
 
-from .core import length_of, seed_step
+from .core import length_of, seed_step, unwrap
 from .epoch import EpochMeter, batch_weight, loss_weights
 from .gate import Gate
 from .guard import is_out_of_memory
@@ -259,6 +259,7 @@ class Passes(_Doubting):
         "Evaluate on every validation batch once, without gradients and without touching the randomness of training."
         self._require_own_thread()
         self.model.eval()
+        unwrap(self.model).trained_with = {"data": self.preprocessing, "threshold": self.threshold}  # For a predictor of this very model
         return self._within_memory(self._validate_batches)
 
     def _validate_batches(self):

@@ -21,7 +21,7 @@ import numpy as np
 from .file_names import list_files
 from .files import atomic_write
 from .guard import is_out_of_memory
-from .inference import Prediction, UNetPredictor, as_png, is_ours
+from .inference import Prediction, UNetPredictor, as_png
 
 _log = logging.getLogger(__name__)
 
@@ -123,12 +123,18 @@ def _names(stem):
     return {kind: stem.with_name(stem.name + end) for kind, end in _OUTPUTS.items()}
 
 
+def _is_ours(path):
+    "Whether a file is a PNG with the mark of `as_png`, as far as its beginning tells"
+    with open(path, "rb") as file:
+        return b"tEXtSoftware\0unet_nbtrain" in file.read(4096)
+
+
 def _foreign(stem, kinds):
     "Those results of an image that are there already, and not by this program"
     name = _names(stem)
     for kind in kinds:
         marked = name["mask" if kind == "probabilities" else kind]
-        if isfile(name[kind]) and not (isfile(marked) and is_ours(marked)):
+        if isfile(name[kind]) and not (isfile(marked) and _is_ours(marked)):
             yield name[kind]
 
 
