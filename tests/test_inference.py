@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from unet_nbtrain.image_files import read_mask
 from unet_nbtrain.inference import UNetPredictor, find_checkpoint
 from unet_nbtrain.predict_folder import find_images, name_outputs, predict_folder
 from unet_nbtrain.predictions import SampleKeeper
+from unet_nbtrain.restore import best_model
 from unet_nbtrain.thumbnails import WorstSample
 
 SIZES = [(40, 40), (33, 57), (64, 31), (1, 1), (7, 120)]
@@ -397,3 +399,31 @@ def test_labels_and_ignored_values_are_kept_as_they_are():
     keeper._keep(SimpleNamespace(val_batch=(images, masks, logits), threshold=0.5, ignore_index=65535, worst=worst), 1)
     for mask, labels in ((worst.found.mask, worst.found.labels), (keeper.masks[0], keeper.frames[0].labels[0])):
         assert np.array_equal(mask, masks[0].numpy()) and (labels == 299).all()
+
+
+def test_a_model_from_memory_knows_how_its_images_were_prepared(classes, caplog):
+    trainer, home = classes
+    image, wanted = home / "images" / "4.png", UNetPredictor(home / "run", device="cpu")
+    for model in (trainer.model, best_model(trainer), nn.DataParallel(copy.deepcopy(trainer.model)), pickle.loads(pickle.dumps(trainer.model))):
+        found = UNetPredictor(model=model, device="cpu")
+        assert found.preprocessing == wanted.preprocessing
+        assert np.array_equal(found.predict_single(image).probabilities, wanted.predict_single(image).probabilities)
+    assert not caplog.records and "trained_with" not in trainer.model.state_dict()
+    UNetPredictor(model=nn.Conv2d(1, 1, 1))
+    assert "neither normalised nor resized" in caplog.text and len(caplog.records) == 1
+    UNetPredictor(model=nn.Conv2d(1, 1, 1), preprocessing={"mean": [0.5], "std": [0.1]})
+    assert len(caplog.records) == 1
+
+
+def test_a_loader_that_prepares_otherwise_is_told(classes, binary, caplog):
+    trainer, home = classes
+    options = dict(batch_size=2, val=[4, 5], augment=None, num_workers=0)
+    folders = home / "images", home / "masks"
+    evaluate(home / "run", trainer.val_loader, device="cpu")
+    assert not caplog.records
+    evaluate(home / "run", create_dataloaders(*folders, n_classes=3, image_size=(32, 24), **options)[1], device="cpu")
+    assert len(caplog.records) == 1 and "mean is [" in caplog.text and "and None for the loader" in caplog.text and "image_size" not in caplog.text
+    home = binary[1]
+    inverted = create_dataloaders(home / "images", home / "masks", foreground=0, **options)[1]
+    with pytest.raises(ValueError, match=r"foreground is None for the model and 0 for the loader.*background for the other"):
+        evaluate(home / "run", inverted, device="cpu")

@@ -7,10 +7,12 @@ __all__ = ['evaluate', 'folder_loader']
 
 # %% ../nbs/16_evaluation.ipynb #c7317fa6
 import copy
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +27,8 @@ from .sampling import make_loader
 from .splits import chosen_positions
 from .transforms import prepare_image, resize_pair
 
+_log = logging.getLogger(__name__)
+
 # %% ../nbs/16_evaluation.ipynb #2316cb22
 def evaluate(
     model: nn.Module | UNetPredictor | str | Path,  # A model, a predictor, a checkpoint, or the folder of a run
@@ -38,6 +42,7 @@ def evaluate(
 ) -> dict:  # `dice`, `iou`, `accuracy`, `precision`, `recall`, `dice_per_image`, `per_class`; with a criterion `loss` first
     "The metrics over a loader, as in the trainer's validation; the model's mode is put back. Raises `ValueError` for an empty loader."
     predictor = model if isinstance(model, UNetPredictor) else _as_predictor(model, device)
+    _compare_preparation(predictor, dataset_attribute(loader, "preprocessing", Mapping) or {})
     threshold = predictor.threshold if threshold is None else threshold
     ignored = _find_ignore_index(ignore_index, criterion, loader, predictor)
     criterion = copy.deepcopy(criterion).to(predictor.device) if isinstance(criterion, nn.Module) else criterion
@@ -49,7 +54,35 @@ def evaluate(
 
 def _as_predictor(model, device):
     "A predictor of a model or a path"
-    return UNetPredictor(model=model, device=device) if isinstance(model, nn.Module) else UNetPredictor(model, device=device)
+    named = {"model": model} if isinstance(model, nn.Module) else {"model_path": model}
+    return UNetPredictor(**named, device=device, preprocessing={})  # The loader prepares the images
+
+
+def _compare_preparation(predictor, theirs):
+    "Tell where a loader prepares its data otherwise than the training did; raises `ValueError` where one calls foreground what the other calls background"
+    ours = predictor.preprocessing
+    names = [name for name in ("mean", "std", "image_size", "foreground", "colors") if predictor.recorded and name in theirs]
+    other = [name for name in names if not _alike(ours[name], theirs[name])]
+    text = "; ".join(f"{name} is {ours[name]} for the model and {theirs[name]} for the loader" for name in other)
+    if "foreground" in other and _finds_zero(ours) != _finds_zero(theirs):
+        raise ValueError(
+            f"{text}. What one calls foreground is background for the other, so no score means anything. Make the loader as in training, or, "
+            "if these masks are drawn the other way round, pass UNetPredictor(…, preprocessing={'foreground': …})."
+        )
+    if other:
+        _log.warning("The loader prepares its data otherwise than the training did: %s. Make it with the same options, or with folder_loader.", text)
+
+
+def _alike(one, other):
+    "Whether two settings are the same but for rounding; a number is a list of one"
+    one, other = ([o] if isinstance(o, Real) else o for o in (one, other))
+    numbers = all(isinstance(o, Sequence) and all(isinstance(part, Real) for part in o) for o in (one, other))
+    return len(one) == len(other) and np.allclose(one, other, rtol=1e-3) if numbers else one == other
+
+
+def _finds_zero(known):
+    "Whether the value 0 of a mask is foreground"
+    return known["foreground"] is not None and 0 in np.atleast_1d(known["foreground"])
 
 
 def _find_ignore_index(given, criterion, loader, predictor):
