@@ -84,7 +84,7 @@ def _finds_zero(known):
     "Whether the value 0 of a mask is foreground"
     return known["foreground"] is not None and 0 in np.atleast_1d(known["foreground"])
 
-
+# %% ../nbs/16_evaluation.ipynb #85deb453
 def _find_ignore_index(given, criterion, loader, predictor):
     "The mask value to skip; PyTorch's own default of -100 means none"
     found = [given, getattr(criterion, "ignore_index", None), dataset_attribute(loader, "ignore_index")]
