@@ -61,7 +61,8 @@ def get_amp_dtype(
     if amp is True or amp == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        computes_it = torch.version.hip or torch.cuda.get_device_capability(device)[0] >= 8  # `is_bf16_supported` also says yes to emulation
+        return torch.bfloat16 if computes_it else torch.float16
     if amp not in ("bf16", "fp16"):
         raise ValueError(f"amp={amp!r} is not known. Use 'auto', 'bf16', 'fp16' or False.")
     if amp == "fp16" and device.type == "cpu":
