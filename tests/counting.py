@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operations that wait for the device, or whose size only the values tell
 WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "bincount", "_unique2", "equal", "is_nonzero"}
+MADE_ON_HOST = "lift_fresh"  # What `torch.tensor` and `new_tensor` end in: on a card a copy of the number, for which the host waits until all before it is done
 
 
 class Operations(TorchDispatchMode):

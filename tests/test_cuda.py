@@ -120,17 +120,22 @@ def watched(tmp_path, **settings):
     return strict.steps
 
 
-@pytest.mark.parametrize("settings", MODES, ids=str)
+LOSSES = [{"criterion": name} for name in ("focal", "dice", "tversky", "bce_dice")]
+
+
+@pytest.mark.parametrize("settings", [*MODES, *LOSSES], ids=str)
 def test_no_value_is_read_in_a_step(tmp_path, settings):
     assert watched(tmp_path, load=loaders(240), **settings) == 120
 
 
+@pytest.mark.parametrize("name", ["auto", "focal", "dice", "tversky", "sum"])
 @pytest.mark.parametrize("classes", [1, 3])
-def test_no_value_is_read_with_ignored_pixels(tmp_path, classes):
+def test_no_value_is_read_with_ignored_pixels(tmp_path, classes, name):
     images, masks = data(160).tensors
     masks = torch.where(torch.rand(masks.shape) < 0.3, 255, masks.long())
     load = [DataLoader(TensorDataset(images, masks), batch_size=4, pin_memory=True)] * 2
-    criterion = create_loss_function(classes, ignore_index=255)
+    name = {1: "bce_dice", 3: "ce_dice"}[classes] if name == "sum" else name
+    criterion = create_loss_function(classes, name=name, ignore_index=255)
     assert watched(tmp_path, load=load, model=lambda: UNet(1, classes, width=4, depth=1), criterion=criterion) == 80
 
 

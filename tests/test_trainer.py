@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from counting import Operations
+from counting import MADE_ON_HOST, Operations
 
 from unet_nbtrain import EarlyStopping, SegmentationMetrics, UNet, UNetPredictor, UNetTrainer, create_scheduler, demo_dataloaders, evaluate
 
@@ -290,17 +290,21 @@ def test_validation_samples_are_at_hand_after_the_run(make):
         assert torch.allclose(trainer.model(images), logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_norm": 1.0}, {"ema_decay": 0.9}, {"accumulate_gradients": 2}], ids=str)
-def test_no_step_reads_a_number(tmp_path, options):
-    """What is read is read once an epoch: four times as many steps read no more"""
+IN_A_STEP = [{}, {"gradient_clip_norm": 1.0}, {"ema_decay": 0.9}, {"accumulate_gradients": 2}, *({"criterion": name} for name in ("focal", "dice", "tversky", "bce_dice"))]
+
+
+@pytest.mark.parametrize("options", IN_A_STEP, ids=str)
+def test_no_step_reads_a_number_or_makes_a_tensor_of_one(tmp_path, options):
+    """What is read is read once an epoch, and so is what is made: four times as many steps do no more of it"""
     found = []
     for n_train in (16, 64):
         train, val = demo_dataloaders(n_train=n_train, n_val=4, size=32, batch_size=4)
         trainer = UNetTrainer(UNet(3, 1, width=4, depth=1), train, val, device="cpu", run_dir=tmp_path / str(n_train), observers=[], **options)
+        trainer.train_loader, trainer.val_loader = list(train), list(val)
         with Operations() as done:
             trainer.train(1)
-        found.append(done.counts["_local_scalar_dense"])
-    assert found[0] == found[1] > 0
+        found.append((done.counts["_local_scalar_dense"], done.counts[MADE_ON_HOST]))
+    assert found[0] == found[1] and found[0][0] > 0
 
 
 # Ends and beginnings that cross each other

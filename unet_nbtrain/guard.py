@@ -238,7 +238,7 @@ class _Noted:
     @staticmethod
     def _flags(noted):
         device = next((flag.device for flag, _ in noted if torch.is_tensor(flag)), None)
-        return [flag if torch.is_tensor(flag) else torch.tensor(float(flag), device=device) for flag, _ in noted]
+        return [flag if torch.is_tensor(flag) else torch.full((), float(flag), device=device) for flag, _ in noted]
 
     @property
     def due(self) -> bool:

@@ -206,8 +206,8 @@ class OverlapLoss(SegmentationLoss):
             p, t = p * valid.unsqueeze(1), t * valid.unsqueeze(1)
         tp, true, size = (maps.sum((0, 2, 3)) for maps in (p * t, t, p * p if self.squared else p))
         missing = 2 * self.alpha * (size - tp) + 2 * self.beta * (true - tp)
-        pixels = true.new_tensor(target.numel()) if valid is None else valid.sum()
-        smooth = torch.where(true > 0, max(self.smooth, 1e-7), pixels.clamp_min(1))
+        pixels = max(target.numel(), 1) if valid is None else valid.sum().clamp_min(1)
+        smooth = torch.full_like(true, max(self.smooth, 1e-7)).where(true > 0, pixels)
         loss = missing / (2 * tp + missing + smooth)
         weights = torch.ones_like(loss) if self.class_weights is None else self.class_weights[self._first_class:]
         return (loss * weights).sum() / weights.sum()
