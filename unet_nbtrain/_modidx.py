@@ -284,6 +284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'unet_nbtrain.core.dataset_attribute': ('core.html#dataset_attribute', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.derive_seed': ('core.html#derive_seed', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.exact_kernels': ('core.html#exact_kernels', 'unet_nbtrain/core.py'),
+                                   'unet_nbtrain.core.fresh_scaler': ('core.html#fresh_scaler', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.get_amp_dtype': ('core.html#get_amp_dtype', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.get_device': ('core.html#get_device', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.length_of': ('core.html#length_of', 'unet_nbtrain/core.py'),

@@ -7,7 +7,6 @@ __all__ = ['largest_that', 'Tried', 'try_size', 'AutoBatch', 'auto_batch']
 
 # %% ../nbs/18_batch_size.ipynb #9ff38b53
 import contextlib
-import copy
 import gc
 import math
 import time
@@ -78,7 +77,6 @@ def _double(trainer, size):
     twin = Twin(trainer)
     double = twin._trainer
     double.optimizer, double.scheduler, double.averaged = twin.optimizer, None, None
-    double.scaler = copy.deepcopy(trainer.scaler)
     double.train_loader, double.phase, double.parts_per_batch = _Sized(size), "train", 1
     double._report = lambda text, mark=True: None
     double._adopt_optimizer()

@@ -17,7 +17,7 @@ import torch
 
 from .checks import schedule_misfit
 from .control import Run, interrupt_stops
-from .core import exact_kernels, length_of, unwrap
+from .core import exact_kernels, fresh_scaler, length_of, unwrap
 from .files import to_plain
 from .gate import Stopped
 from .guard import BadSteps, is_out_of_memory
@@ -211,6 +211,7 @@ class _Life(_Endings):
         self._saved_step, self._saved_time, self._began, self._thread = self.global_step, time.monotonic(), run.elapsed, threading.get_ident()
         self._at_boundary, self._stepping, self._checked, self._looked, self._was = True, False, False, False, None
         self._bad_steps, self._rollbacks, self._gone_back, self._images_are_bad, self._poisoned = BadSteps(self.nonfinite_in_a_row), 0, set(), False, ""
+        self.scaler = fresh_scaler(self.scaler)  # That of a step which an error broke off refuses the next
         self._open_feeds()
         self._recall_last()
         self._make_room()

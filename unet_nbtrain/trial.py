@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from .core import dataset_attribute, length_of, move, split_batch
+from .core import dataset_attribute, fresh_scaler, length_of, move, split_batch
 from .epoch import check_batch
 from .samples import Randomness
 from .sampling import ResumableBatchSampler
@@ -76,6 +76,7 @@ class Twin:
     ):
         self._trainer = copy.copy(trainer)
         self._trainer.model, self._trainer.criterion = copy.deepcopy((trainer.model, trainer.criterion))
+        self._trainer.scaler = fresh_scaler(trainer.scaler)
         self._trainer.model.train()
         new = dict(zip(map(id, trainer.model.parameters()), self._trainer.model.parameters()))
         groups = [{**{key: value for key, value in group.items() if key != "initial_lr"}, "params": [new[id(p)] for p in group["params"]]} for group in trainer.optimizer.param_groups]
@@ -100,8 +101,12 @@ class Twin:
         with torch.enable_grad():
             loss, _ = trainer.training_step(images, masks)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        self.optimizer.step()
+            (trainer.scaler.scale(loss) if trainer.scaler else loss).backward()
+        if trainer.scaler:
+            trainer.scaler.step(self.optimizer)
+            trainer.scaler.update()
+        else:
+            self.optimizer.step()
         return float(loss.detach())
 
 # %% ../nbs/16_trial.ipynb #82781181
@@ -126,6 +131,8 @@ def try_one_batch(
 ) -> OneBatch:
     "One batch through a copy of everything; raises what a training would raise, and `ValueError` for a loss that is not finite."
     with no_trace(trainer.device):
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.device)
         batch, twin = some_batches(trainer.train_loader)[0], Twin(trainer)
         loss = twin.step(batch)
         if not math.isfinite(loss):
