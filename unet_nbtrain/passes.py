@@ -6,12 +6,14 @@
 __all__ = ['Passes']
 
 # %% ../nbs/16_passes.ipynb #fe0d01d0
+import gc
 import math
+import threading
 from contextlib import nullcontext
 
 import torch
 
-from .core import fresh_scaler, length_of, seed_step
+from .core import fresh_scaler, length_of, seed_step, unwrap
 from .epoch import EpochMeter, batch_weight, loss_weights
 from .gate import Gate
 from .guard import is_out_of_memory
@@ -28,6 +30,15 @@ def _counted(loss, weight):
 
 class _Forward(Modes, ResumableState, Gate, Steps):
     "One batch through the model"
+
+    def _require_own_thread(self):
+        if self.run is not None and not self.run.ended and self._thread not in (None, threading.get_ident()):
+            raise RuntimeError("A training is at work in another thread, and a pass from here would take it out of its place in the data. Use evaluate(trainer.model, loader).")
+
+    def _keep_mode(self, training):
+        "Another cell may have said `model.eval()` meanwhile"
+        if self.model.training is not training:
+            self.model.train(training)
 
     def _autocast(self):
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype else nullcontext()
@@ -95,6 +106,9 @@ class _Fitting(_Forward):
         "Back to the boundary, and half the size from here on; a validation that is too large leaves the training as it is"
         if not self._at_boundary:
             self._rewind()
+        if self._ways:  # A captured graph keeps all the memory of a batch of the old size, in cycles
+            self._ways.clear()
+            gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         else:
@@ -172,8 +186,10 @@ class _Training(_Learning):
 
     def train_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole epoch
         "Train on every batch of the epoch once, from where it was left."
+        self._require_own_thread()
         self._come_to_a_place_there_is()
         self.model.train()
+        self.model.zero_grad(set_to_none=True)  # Somebody may have tried a batch; the optimizer may not know all parameters
         if self._start_batch == 0:
             self._train_meter.threshold = self.threshold
         self._within_memory(self._train_batches)
@@ -205,6 +221,7 @@ class _Training(_Learning):
                 self._guard.keep()
             self._at_boundary, size = False, self.accumulate_gradients
             alone = group == 0 and self.parts_per_batch == 1 and (size == 1 or self.batch + 1 == self.num_batches)
+            self._keep_mode(True)
             loss, weight = self._learn(images, masks, alone)
             group, weights = group + 1, weights + weight
             self._start_batch, self.batch, self._images = self._start_batch + 1, self.batch + 1, self._images + images.shape[0]
@@ -245,7 +262,9 @@ class Passes(_Doubting):
     @torch.no_grad()
     def validate_epoch(self) -> dict:  # `loss`, `dice`, `iou`, `accuracy`, … of the whole validation set
         "Evaluate on every validation batch once, without gradients and without touching the randomness of training."
+        self._require_own_thread()
         self.model.eval()
+        unwrap(self.model).trained_with = {"data": self.preprocessing, "threshold": self.threshold}  # For a predictor of this very model
         return self._within_memory(self._validate_batches)
 
     def _validate_batches(self):
@@ -254,6 +273,7 @@ class Passes(_Doubting):
         if self.worst is not None:
             self.worst.begin()
         for images, masks in self._feed(self.val_loader, "val", 0):
+            self._keep_mode(False)
             parts = [self._forward(x, y, meter) for x, y in self._parts(images, masks)]
             losses, weights, logits, _ = zip(*parts)
             if self.batch == 0:
