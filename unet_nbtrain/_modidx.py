@@ -290,6 +290,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'unet_nbtrain.core.length_of': ('core.html#length_of', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.move': ('core.html#move', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.natural_key': ('core.html#natural_key', 'unet_nbtrain/core.py'),
+                                   'unet_nbtrain.core.on_card': ('core.html#on_card', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.parts_with': ('core.html#parts_with', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.seed_step': ('core.html#seed_step', 'unet_nbtrain/core.py'),
                                    'unet_nbtrain.core.split_batch': ('core.html#split_batch', 'unet_nbtrain/core.py'),

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .core import dataset_attribute, get_amp_dtype, move, split_batch
+from .core import dataset_attribute, get_amp_dtype, move, on_card, split_batch
 from .epoch import EpochMeter, batch_weight, check_batch, loss_weights
 from .file_names import relative_names
 from .image_files import check_foreground, count_values, read_image, read_labels, read_mask, read_pair_header
@@ -46,7 +46,7 @@ def evaluate(
     threshold = predictor.threshold if threshold is None else threshold
     ignored = _find_ignore_index(ignore_index, criterion, loader, predictor)
     criterion = copy.deepcopy(criterion).to(predictor.device) if isinstance(criterion, nn.Module) else criterion
-    with evaluation_mode(predictor.model) as model:
+    with on_card(predictor.device), evaluation_mode(predictor.model) as model:
         meter = _count(model, predictor, loader, criterion, EpochMeter(ignored, threshold), get_amp_dtype(amp, predictor.device))
     found = meter.compute()
     return found if criterion is not None else {name: value for name, value in found.items() if name != "loss"}

@@ -265,7 +265,9 @@ class Passes(_Doubting):
         self._require_own_thread()
         self.model.eval()
         unwrap(self.model).trained_with = {"data": self.preprocessing, "threshold": self.threshold}  # For a predictor of this very model
-        return self._within_memory(self._validate_batches)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            seed_step(self.device, self.seed, "validation")
+            return self._within_memory(self._validate_batches)
 
     def _validate_batches(self):
         "The whole validation set"

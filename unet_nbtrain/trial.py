@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from .core import dataset_attribute, fresh_scaler, length_of, move, split_batch
+from .core import dataset_attribute, derive_seed, fresh_scaler, length_of, move, on_card, split_batch
 from .epoch import check_batch
 from .samples import Randomness
 from .sampling import ResumableBatchSampler
@@ -62,9 +62,18 @@ def some_batches(
 def no_trace(
     device: torch.device,  # Whose random state is kept, beside the processor's
 ) -> Iterator[None]:
-    "Put all random states back at the end."
-    with Randomness().kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+    "Put all random states back at the end, unless somebody has seeded PyTorch meanwhile; a card is the current one while this lasts."
+    mark, theirs = derive_seed("trial", torch.initial_seed()), None
+    try:
+        with on_card(device), Randomness().kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.default_generator.manual_seed(mark)
+            try:
+                yield
+            finally:
+                theirs = torch.get_rng_state() if torch.initial_seed() != mark else None
+    finally:
+        if theirs is not None:
+            torch.set_rng_state(theirs)
 
 
 class Twin:
