@@ -179,7 +179,7 @@ def test_errors_of_create_optimizer():
         create_optimizer(net(), "adamm")
     with pytest.raises(ValueError, match="Known: adam"):
         create_optimizer(net(), torch.optim.Adam)
-    with pytest.raises(TypeError, match="'adam' does not take 'momentum'.*It takes: betas, eps"):
+    with pytest.raises(TypeError, match="'adam' does not take 'momentum'.*It takes: lr, betas, eps"):
         create_optimizer(net(), "adam", momentum=0.9)
     with pytest.raises(TypeError, match="does not take 'nestrov'. Did you mean 'nesterov'"):
         create_optimizer(net(), "sgd", nestrov=True)
@@ -198,6 +198,16 @@ def test_helpers():
     check_keywords("f", lambda a, b: None, ["b"], without=["a"])
     with pytest.raises(TypeError, match=r"^f does not take 'a'. It takes: b\.$"):
         check_keywords("f", lambda a, b: None, ["a"], without=["a"])
+
+
+@pytest.mark.parametrize("name, argument, values", [
+    ("adam", "betas", [0.9, ("a", 0.9), (1.0, 0.9), (0.9,), None]), ("adamw", "eps", ["x", -1, NAN]),
+    ("sgd", "momentum", ["a", 5, 1, -1, None]), ("sgd", "dampening", ["a", NAN, 2]), ("rmsprop", "alpha", ["a", 2, 1.0]),
+])  # fmt: skip
+def test_numbers_of_an_optimizer_that_make_no_sense(name, argument, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{argument}=.*: {argument} must be "):
+            create_optimizer(net(), name, **{argument: value})
 
 
 # --- schedulers
@@ -265,6 +275,26 @@ def test_the_documents_calls_give_torchs_own_objects():
     assert type(create_scheduler(an_optimizer())) is lr_scheduler.ReduceLROnPlateau
     step = create_scheduler(an_optimizer(), "step")
     assert (step.step_size, step.gamma) == (30, 0.1)
+
+
+@pytest.mark.parametrize("name, argument, values", [
+    ("plateau", "patience", ["a", -1, 1.5, None]), ("plateau", "factor", ["a", 0, -0.5, 1, NAN]), ("plateau", "cooldown", ["a", -1]),
+    ("plateau", "threshold", ["a", NAN]), ("plateau", "min_lr", ["a", -1, [-1]]), ("cosine", "eta_min", ["a", -1]),
+    ("step", "gamma", ["0.9", -1, 0]), ("exponential", "gamma", [NAN, INF]), ("polynomial", "power", [-1, "a"]),
+    ("onecycle", "max_lr", [-1, "a", None, [NAN]]), ("onecycle", "div_factor", [0, -25]), ("step", "step_size", [None, 2.5]),
+])  # fmt: skip
+def test_numbers_of_a_schedule_that_make_no_sense(name, argument, values):
+    """None of them trains: a rate below zero goes uphill, and text is found after the first epochs."""
+    lengths = {"cosine": {"T_max": 9}, "polynomial": {"total_iters": 9}, "onecycle": {"total_steps": 9}}.get(name, {})
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{argument}=.*: {argument} must be a "):
+            create_scheduler(an_optimizer(), name, **lengths, **{argument: value})
+
+
+def test_numbers_of_a_schedule_that_are_fine():
+    assert create_scheduler(an_optimizer(), "step", gamma=1.5).gamma == 1.5  # a search for a rate
+    assert create_scheduler(an_optimizer(), "plateau", patience=0, min_lr=[0.1]).min_lrs == [0.1]
+    assert create_scheduler(an_optimizer(), "onecycle", max_lr=[0.1], total_steps=None, epochs=2, steps_per_epoch=3).total_steps == 6
 
 
 ALL = {

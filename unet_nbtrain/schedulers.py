@@ -11,7 +11,7 @@ import math
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
-from .optimizers import check_keywords, pick_by_name
+from .optimizers import check_keywords, check_values, is_number, pick_by_name
 
 # %% ../nbs/08_schedulers.ipynb #984c8310
 UNITS = ("step", "epoch", "metric")
@@ -43,11 +43,12 @@ def _set_rates(optimizer: Optimizer, rates: list[float]) -> None:
             group["lr"] = rate
 
 
-def _whole_number(name: str, value: int, meaning: str) -> int:
-    "`value` as a plain int of 1 or more; ValueError names the argument."
-    if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: {name} is {meaning}, a whole number, 1 or more.")
-    return int(value)
+def _is_whole(value: object, low: int = 1) -> bool:
+    "Whether `value` is a whole number of `low` or more."
+    return hasattr(value, "__index__") and is_number(value, low)
+
+
+_UNITS_TO_CLIMB = "the number of units to climb, a whole number, 1 or more"
 
 # %% ../nbs/08_schedulers.ipynb #a5193ec7
 class WarmUp:
@@ -63,7 +64,8 @@ class WarmUp:
         warmup: int,  # Units to climb, 1 or more
     ):
         self.inner, self.optimizer = inner, inner.optimizer
-        self.warmup = _whole_number("warmup", warmup, "the number of units to climb")
+        check_values({"warmup": warmup}, {"warmup": (_UNITS_TO_CLIMB, _is_whole)})
+        self.warmup = int(warmup)
         self.unit, self.mode = scheduler_unit(inner), getattr(inner, "mode", "min")
         self.targets = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.last_epoch = 0
@@ -206,19 +208,38 @@ _NEEDS = {
     lr_scheduler.PolynomialLR: ("total_iters", "the {}s until zero, usually total_iters={}"),
 }
 _ALL = {"epoch": "num_epochs", "step": "num_epochs * len(train_loader)"}
-_COUNTS = ("T_max", "T_0", "T_mult", "total_iters", "total_steps", "epochs", "steps_per_epoch", "step_size")
 
 
-def _check_counts(name: str, kind: type, options: dict, unit: str | None) -> None:
-    "ValueError if the length of the schedule is missing, or a count is not a whole number of 1 or more."
+def _check_length(name: str, kind: type, options: dict, unit: str | None) -> None:
+    "ValueError if the length of the schedule is missing."
     argument, meaning = _NEEDS.get(kind, (None, None))
     by_epochs = kind is lr_scheduler.OneCycleLR and {"epochs", "steps_per_epoch"} <= options.keys()
     if argument and options.get(argument) is None and not by_epochs:
         unit = unit or ("step" if kind is lr_scheduler.OneCycleLR else "epoch")
         raise ValueError(f"scheduler {name!r} needs {argument}: {meaning.format(unit, _ALL[unit])}.")
-    for count in _COUNTS:
-        if options.get(count) is not None:
-            _whole_number(count, options[count], "a count")
+
+# %% ../nbs/08_schedulers.ipynb #4e363f1c
+def _is_positive(value: object) -> bool:
+    return is_number(value) and value > 0
+
+
+def _one_or_each(fits):
+    "The test `fits` of one value, for a value or a list of them."
+    return lambda value: all(map(fits, value)) if isinstance(value, (list, tuple)) else fits(value)
+
+
+_COUNT = "a whole number, 1 or more", _is_whole
+_RATE = "a finite number, 0 or more, or a list of such, one for each parameter group", _one_or_each(is_number)
+_POSITIVE = "a finite number greater than 0", _is_positive
+_KINDS = {
+    **dict.fromkeys(("T_max", "T_0", "T_mult", "total_iters", "step_size"), _COUNT),
+    **dict.fromkeys(("total_steps", "epochs", "steps_per_epoch"), (_COUNT[0], lambda value: value is None or _is_whole(value))),
+    **dict.fromkeys(("patience", "cooldown"), ("a whole number, 0 or more", lambda value: _is_whole(value, 0))),
+    **dict.fromkeys(("max_lr", "min_lr"), _RATE),
+    **dict.fromkeys(("eta_min", "threshold", "eps"), ("a finite number, 0 or more", is_number)),
+    **dict.fromkeys(("gamma", "power", "div_factor", "final_div_factor"), _POSITIVE),
+    "factor": ("a number between 0 and 1, both excluded", lambda value: _is_positive(value) and value < 1),
+}
 
 # %% ../nbs/08_schedulers.ipynb #3f4541b1
 def _check_unit(name: str, kind: type, unit: str | None) -> None:
@@ -239,19 +260,20 @@ def create_scheduler(
     """A learning-rate scheduler by name; to be stepped with `step_scheduler`.
 
     One-cycle peaks at the optimizer's own rate unless `max_lr` is given. Raises ValueError for an unknown name, a
-    missing length (the message says what to give) or a count that is none, TypeError for an unknown keyword.
+    missing length (the message says what to give) or a number that makes no sense, TypeError for an unknown keyword.
     """
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer is a {type(optimizer).__name__}: give an optimizer, as from create_optimizer(model).")
     kind, defaults = pick_by_name("scheduler", name, _SCHEDULERS)
-    check_keywords(f"scheduler {name!r}", kind, kwargs, without=("optimizer", "last_epoch", "verbose"))
+    check_keywords(f"scheduler {name!r}", kind, kwargs, without=("optimizer", "last_epoch", "verbose"), also=("warmup", "unit"))
     options = defaults | kwargs
     _check_unit(name, kind, unit)
-    _check_counts(name, kind, options, unit)
+    _check_length(name, kind, options, unit)
+    check_values(options, _KINDS)
     if kind is lr_scheduler.OneCycleLR:
         options.setdefault("max_lr", [float(group["lr"]) for group in optimizer.param_groups])
     if warmup != 0:
-        _whole_number("warmup", warmup, "the number of units to climb (0 for none)")
+        check_values({"warmup": warmup}, {"warmup": (f"{_UNITS_TO_CLIMB} (or 0 for none)", _is_whole)})
     scheduler = kind(optimizer, **options)
     scheduler.unit = unit or scheduler_unit(scheduler)
     return WarmUp(scheduler, warmup) if warmup else scheduler
