@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'VERSION', 'to_plain', 'save_file', 'load_file', 'load_weig
 # %% ../nbs/11_checkpoint.ipynb #32a88edd
 import logging
 import pickle
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -108,7 +109,7 @@ def load_file(
     "Read a checkpoint, after comparing every checksum; raises `CheckpointError` if it is missing, torn, damaged, of a newer version or another program, or no plain data of the right kinds."
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist. {_neighbours(path)}")
+        raise CheckpointError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. {_neighbours(path)}")
     sealed, size = check_archive(path), path.stat().st_size
     state = _read(path)
     check_tensors(state, size, str(path))
@@ -123,8 +124,11 @@ def _read(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:200]
-        raise CheckpointError(f"{path} holds more than plain data and was not loaded, since it could run code: {reason}") from error
+        name = next(iter(re.findall(r"GLOBAL ([\w.]+)", str(error))), "objects of Python")
+        raise CheckpointError(
+            f"{path} holds more than plain data ({name}) and was not loaded, since it could run code. If it is a whole model that you saved "
+            "yourself, read it with torch.load(…, weights_only=False) and store {'model_state_dict': model.state_dict()}."
+        ) from error
     except Exception as error:
         _log.debug("unreadable checkpoint %s", path, exc_info=True)
         raise CheckpointError(f"{path} is damaged or no file of torch.save: {type(error).__name__}: {str(error)[:200]}") from error
@@ -145,6 +149,8 @@ def _contents(state):
     "A few words on what a foreign file holds, and how to get at its weights"
     if not isinstance(state, dict):
         return f"a {type(state).__name__}"
+    if state and all(isinstance(value, torch.Tensor) for value in state.values()):
+        return "weights alone: take them with model.load_state_dict(torch.load(…)), or store them as {'model_state_dict': …}"
     known = {"pytorch-lightning_version": "Lightning", "network_weights": "nnU-Net"}
     origin = next((f", as files of {name} do" for key, name in known.items() if key in state), "")
     inner = next((f"; its weights are under {key!r}: store them as {{'model_state_dict': …}}" for key in ("state_dict", "network_weights") if key in state), "")
@@ -152,7 +158,10 @@ def _contents(state):
 
 
 def _neighbours(path):
-    "What could have been meant by a path that is not there"
+    "What could have been meant by a path that is not there, or is a folder"
+    if path.is_dir():
+        inside = ", ".join(str(p) for p in sorted([*path.glob("*.pth"), *path.glob("checkpoints/*.pth")]))
+        return f"Name one of its files: {inside}." if inside else "There is no checkpoint in it."
     found = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
     same = [p for p in (run / "checkpoints" / path.name for run in Path("runs").glob("*")) if p.is_file()]
     newest = f" The newest {path.name} in runs/ is {max(same, key=lambda p: p.stat().st_mtime)}." if same else ""
@@ -173,7 +182,7 @@ def load_weights(
         more = f" … and {len(rows) - 6} more" if len(rows) > 6 else ""
         raise CheckpointError(
             f"{source} does not fit this {type(inner).__name__}: {'; '.join(map(_sentence, rows[:6]))}{more}. "
-            "Build the model with the same arguments as then, or load with strict=False to take only the layers that fit."
+            "Build the model with the same arguments as then. Only the layers that fit are taken by a trainer's load_checkpoint(…, strict=False)."
         )
     apart = {name for name, _, _ in rows}
     inner.load_state_dict({name: value for name, value in given.items() if name not in apart}, strict=False)

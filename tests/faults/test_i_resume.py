@@ -172,7 +172,12 @@ def test_110_files_of_others(tmp_path):
         message = message_of(load_file, tmp_path / "foreign.pth")
         assert f"as files of {origin} do" in message and "'state_dict'" in message
     torch.save(model.state_dict(), tmp_path / "bare.pth")
-    assert "has no 'model_state_dict'" in message_of(load_file, tmp_path / "bare.pth")
+    message = message_of(load_file, tmp_path / "bare.pth")
+    assert "has no 'model_state_dict'" in message and "model.load_state_dict(torch.load(…))" in message
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    message = message_of(load_file, tmp_path / "whole.pth")
+    assert "(torch.nn.modules.linear.Linear)" in message and "torch.load(…, weights_only=False)" in message and "\x1b" not in message
+    assert f"is a folder. Name one of its files: {tmp_path / 'bare.pth'}, " in message_of(load_file, tmp_path)
     torch.save([1, 2], tmp_path / "list.pth")
     assert "holds a list" in message_of(load_file, tmp_path / "list.pth")
 
