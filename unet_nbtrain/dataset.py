@@ -198,6 +198,8 @@ def demo_dataloaders(
     "Loaders of microscope-like images with masks, drawn on the spot: RGB, a function of the arguments."
     datasets = []
     for part, count, pipeline in (("train", n_train, as_pipeline(augment)), ("val", n_val, None)):
+        if not hasattr(count, "__index__") or count < 1:
+            raise ValueError(f"n_{part}={count!r}: give a number of images, 1 or more.")
         drawn = [draw_cells(i, size, n_classes, derive_seed(seed, part)) for i in range(count)]
         images, masks = ([pair[i] for pair in drawn] for i in (0, 1))
         names = [f"{part}_{i}" for i in range(count)]

@@ -151,9 +151,10 @@ def draw_cells(
 
     A pure function of its arguments. Raises `ValueError` for a size below 16 or a number of classes outside 1 to 6.
     """
-    if size < _MIN_SIZE or not 1 <= n_classes <= len(_KINDS) + 1:
+    whole = hasattr(size, "__index__") and hasattr(n_classes, "__index__")
+    if not whole or size < _MIN_SIZE or not 1 <= n_classes <= len(_KINDS) + 1:
         raise ValueError(
-            f"size={size}, n_classes={n_classes}: the size must be at least {_MIN_SIZE}, and n_classes from 1 to {len(_KINDS) + 1}."
+            f"size={size}, n_classes={n_classes}: the size (of both sides) is a whole number of at least {_MIN_SIZE}, n_classes from 1 to {len(_KINDS) + 1}."
         )
     rng = np.random.default_rng(derive_seed(seed, "cells", size, n_classes, index))
     kinds = max(1, n_classes - 1)

@@ -48,7 +48,7 @@ def _patience(value: int | None) -> int | float:
 
 def _min_delta(value: float) -> float:
     "A finite number of 0 or more."
-    if isinstance(value, (bool, str)) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not hasattr(value, "__float__") or not math.isfinite(value) or value < 0:
         raise ValueError(f"min_delta={value!r}: give a finite number, 0 or more, for example 0.001.")
     return float(value)
 

@@ -30,6 +30,8 @@ def _to_json(lists, class_names):
 
 def _from_json(text):
     "The state in a history file's text; raises `ValueError` for anything else"
+    if text.startswith("epoch,"):
+        raise ValueError("it is the table that History.to_csv writes. Load history.json, or take History.from_csv for the rows alone.")
     state = json.loads(text, parse_constant=lambda name: math.nan)
     if not isinstance(state, dict) or (state.get("format"), state.get("version")) != (_FORMAT, 1):
         raise ValueError(f'it does not say "format": "{_FORMAT}", "version": 1.')
