@@ -317,12 +317,15 @@ def test_masks_that_fit_are_returned_without_a_copy():
 def test_wrong_types_and_settings():
     with pytest.raises(TypeError, match="must be floats"):
         match_target(torch.zeros(1, 1, 2, 2, dtype=torch.long), torch.zeros(1, 2, 2), 1)
-    for n_classes in (0, -1):
+    for n_classes in (0, -1, "1", None, 2.5):
         with pytest.raises(ValueError, match="n_classes must be 1"):
             SegmentationMetrics(n_classes)
     for threshold in (0, 1, -0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match="threshold"):
             SegmentationMetrics(1, threshold)
+    for wrong in ({"ignore_index": 1.5}, {"ignore_index": "255"}, {"ignore_index": [255]}, {"background": "no"}):
+        with pytest.raises(ValueError, match="ignore_index is a whole number or None, and background True or False"):
+            SegmentationMetrics(3, **wrong)
 
 
 def test_a_refused_batch_leaves_the_sums_alone():

@@ -5,6 +5,7 @@ epochs" by an epoch. Where a block wants the same model and loaders as then, the
 """
 
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,9 @@ def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
             code = code.replace(RUN, str(session["trainer"].run_dir))
         code = ANEW * ("resume=" in code) + code
         exec(compile(code, f"block {number} of README.md", "exec"), session)
+    for thread in threading.enumerate():
+        if thread.name == "unet-trial":
+            thread.join(60)  # A process that ends amid its computing would be aborted
     assert number == 9
     assert session["history"].best["epoch"] >= 1 and len(session["trainer"].history) == 5
     assert session["panel"].trainer.criterion.class_weights.shape == (11,)

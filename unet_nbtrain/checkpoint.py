@@ -8,7 +8,6 @@ __all__ = ['FORMAT', 'VERSION', 'to_plain', 'save_file', 'load_file', 'load_weig
 # %% ../nbs/11_checkpoint.ipynb #32a88edd
 import logging
 import pickle
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -124,11 +123,8 @@ def _read(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        name = next(iter(re.findall(r"GLOBAL ([\w.]+)", str(error))), "objects of Python")
-        raise CheckpointError(
-            f"{path} holds more than plain data ({name}) and was not loaded, since it could run code. If it is a whole model that you saved "
-            "yourself, read it with torch.load(…, weights_only=False) and store {'model_state_dict': model.state_dict()}."
-        ) from error
+        name, cure = str(error).partition("GLOBAL ")[2].split(" ")[0] or "objects of Python", "{'model_state_dict': model.state_dict()}"
+        raise CheckpointError(f"{path} holds more than plain data ({name}) and was not loaded, since it could run code. If it is a whole model that you saved yourself, read it with torch.load(…, weights_only=False) and store {cure}.") from error
     except Exception as error:
         _log.debug("unreadable checkpoint %s", path, exc_info=True)
         raise CheckpointError(f"{path} is damaged or no file of torch.save: {type(error).__name__}: {str(error)[:200]}") from error
@@ -160,8 +156,7 @@ def _contents(state):
 def _neighbours(path):
     "What could have been meant by a path that is not there, or is a folder"
     if path.is_dir():
-        inside = ", ".join(str(p) for p in sorted([*path.glob("*.pth"), *path.glob("checkpoints/*.pth")]))
-        return f"Name one of its files: {inside}." if inside else "There is no checkpoint in it."
+        return f"Name one of its files: {', '.join(map(str, sorted([*path.glob('*.pth'), *path.glob('checkpoints/*.pth')]))) or 'it has no checkpoint'}."
     found = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
     same = [p for p in (run / "checkpoints" / path.name for run in Path("runs").glob("*")) if p.is_file()]
     newest = f" The newest {path.name} in runs/ is {max(same, key=lambda p: p.stat().st_mtime)}." if same else ""
@@ -180,10 +175,8 @@ def load_weights(
     rows = misfits(inner, given)
     if strict and rows:
         more = f" … and {len(rows) - 6} more" if len(rows) > 6 else ""
-        raise CheckpointError(
-            f"{source} does not fit this {type(inner).__name__}: {'; '.join(map(_sentence, rows[:6]))}{more}. "
-            "Build the model with the same arguments as then. Only the layers that fit are taken by a trainer's load_checkpoint(…, strict=False)."
-        )
+        cure = "Build the model with the same arguments as then. Only the layers that fit are taken by a trainer's load_checkpoint(…, strict=False)."
+        raise CheckpointError(f"{source} does not fit this {type(inner).__name__}: {'; '.join(map(_sentence, rows[:6]))}{more}. {cure}")
     apart = {name for name, _, _ in rows}
     inner.load_state_dict({name: value for name, value in given.items() if name not in apart}, strict=False)
     return [name for name in inner.state_dict() if name in apart]

@@ -266,27 +266,31 @@ _LOSSES = {
 def create_loss_function(
     n_classes: int,  # 1 for foreground against background, else the number of classes
     class_weights: _Weights = None,  # One weight for each class; for n_classes=1 the weight of foreground pixels
-    name: str = "auto",  # 'auto', 'bce', 'ce', 'focal', 'dice', 'tversky', 'bce_dice' or 'ce_dice'
+    name: str = "auto",  # 'auto', 'bce', 'ce', 'focal', 'dice', 'tversky', 'bce_dice' or 'ce_dice', in upper or lower case
     ignore_index: int | None = None,  # Mask value of pixels that count nowhere
     **kwargs: float,  # Options of the loss, such as gamma=2 for 'focal'
 ) -> SegmentationLoss:  # A module that takes logits and masks, with attributes n_classes and ignore_index
     """Make a loss by name. Logits are (N, n_classes, H, W) of any float dtype, masks (N, H, W), the result is 0-dim.
 
     For n_classes=1 masks hold zeros and ones and may be (N, 1, H, W). Raises ValueError for an unknown name or
-    option, a name that does not fit n_classes, and weights of the wrong length.
+    option, a name that does not fit n_classes, values of the wrong kind, and weights of the wrong length.
     """
+    if not hasattr(n_classes, "__index__") or not (ignore_index is None or hasattr(ignore_index, "__index__")):
+        raise ValueError(f"n_classes and ignore_index are whole numbers (or ignore_index is None), got {n_classes!r} and {ignore_index!r}")
+    name = name.strip().lower() if isinstance(name, str) else name
     name = ("ce" if n_classes > 1 else "bce") if name == "auto" else name
     if name not in _LOSSES:
         raise ValueError(f"unknown loss {name!r}{_closest(name, _LOSSES)}; known are auto, {', '.join(_LOSSES)}")
     several = {"bce": False, "ce": True}.get(name.split("_")[0])
     if several is not None and several != (n_classes > 1):
-        other = name[1:] if not several else "b" + name
         why = "its softmax over one channel is 1, and the loss 0 for ever" if several else "it knows one class only"
-        raise ValueError(f"{name!r} does not fit n_classes={n_classes}: {why}; use {other!r} or 'auto'")
+        raise ValueError(f"{name!r} does not fit n_classes={n_classes}: {why}; use {('b' + name if several else name[1:])!r} or 'auto'")
     make, options = _LOSSES[name]
-    for option in kwargs.keys() - options.keys():
-        known = ", ".join(f"{key}={value}" for key, value in options.items()) or "none"
-        raise ValueError(f"{name!r} has no option {option!r}{_closest(option, options)}; its options are: {known}")
+    for option, value in kwargs.items():
+        if option not in options:
+            raise ValueError(f"{name!r} has no option {option!r}{_closest(option, options)}; its options are: {', '.join(f'{key}={default}' for key, default in options.items()) or 'none'}")
+        if isinstance(options[option], bool) and value not in (True, False):
+            raise ValueError(f"{option} must be True or False, got {value!r}")
     return make(n_classes, class_weights, ignore_index, **(options | kwargs))
 
 # %% ../nbs/02_losses.ipynb #3cbe20ff
