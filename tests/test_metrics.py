@@ -484,3 +484,10 @@ def test_an_image_without_pixels_and_a_batch_without_images():
 def test_dice_of_nothing_is_nan_whatever_the_dtype():
     for dtype in (torch.int64, torch.float32):
         assert dice_score(*torch.zeros(3, 1, dtype=dtype)).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (3, 1, 8, 8)])
+def test_masks_of_another_size_are_not_called_one_hot(shape):
+    """One channel for one class is as it should be; "these look one-hot: use target.argmax(1)" made zeros of the masks"""
+    with pytest.raises(ValueError, match=r"expected \(2, 8, 8\)$"):
+        match_target(torch.zeros(2, 1, 8, 8), torch.ones(shape), 1)

@@ -69,7 +69,7 @@ def match_target(
     n, _, h, w = logits.shape
     if tuple(target.shape) != (n, h, w):
         hints = {1: "; drop the channel: use target[:, 0]", n_classes: "; these look one-hot: use target.argmax(1)"}
-        hint = hints.get(target.shape[1], "") if target.ndim == 4 else ""
+        hint = hints.get(target.shape[1], "") if target.ndim == 4 and (target.shape[0], *target.shape[2:]) == (n, h, w) else ""
         raise ValueError(f"masks of shape {tuple(target.shape)} do not fit logits {tuple(logits.shape)}: expected {(n, h, w)}{hint}")
     return target
 
