@@ -142,13 +142,21 @@ def _factor(u, limit):
     return (1 + limit) ** (2 * u - 1)
 
 
+_SLACK = 0.1  # A bicubic resize overshoots
+
+
 def _check_pair(image, mask, ignore_index):
-    "Raise `ValueError` unless image (C, H, W) is float, mask is (H, W) or (1, H, W) of the same size, and its dtype can hold the label"
+    "Raise `ValueError` unless image (C, H, W) is float and in [0, 1], mask is (H, W) or (1, H, W) of the same size, and its dtype can hold the label"
     if image.ndim != 3 or not image.is_floating_point():
         raise ValueError(f"image must be a float tensor (C, H, W); this one is {image.dtype} {tuple(image.shape)}.")
     if mask.shape not in (image.shape[-2:], (1, *image.shape[-2:])):
         raise ValueError(
             f"mask must be (H, W) or (1, H, W) with the image's H and W {tuple(image.shape[-2:])}; this one is {tuple(mask.shape)}."
+        )
+    low, high = (o.item() for o in image.aminmax()) if image.numel() else (0, 1)
+    if low < -_SLACK or high > 1 + _SLACK:
+        raise ValueError(
+            f"image goes from {low:g} to {high:g}; augmentation works on [0, 1], to which it clips. Divide an image of 0 to 255 by 255, and normalise after the augmentation."
         )
     if ignore_index is not None and int(torch.full((), ignore_index).to(mask.dtype)) != ignore_index:
         raise ValueError(f"ignore_index={ignore_index} does not fit in a mask of {mask.dtype}. Convert the mask to torch.int64.")
