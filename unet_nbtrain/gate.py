@@ -9,11 +9,12 @@ __all__ = ['Stopped', 'Gate']
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 
 from .core import Carrier, dataset_attribute, length_of, split_batch
-from .epoch import check_batch, claim, disclaim
+from .epoch import check_batch, claim, disclaim, odd_range
 from .feeding import Feed
 from .state import TrainerState
 
@@ -22,6 +23,9 @@ _log = logging.getLogger(__name__)
 # %% ../nbs/15_gate.ipynb #fbf9e636
 class Stopped(Exception):
     "Somebody asked the run to stop; raised at a step boundary, so that all counters agree where it unwinds."
+
+
+_NAMES = {"train": "training", "val": "validation"}
 
 
 class _Sources(TrainerState):
@@ -43,8 +47,7 @@ class _Sources(TrainerState):
         if feed is None or feed.loader is not loader:
             if feed is not None:
                 feed.close()
-            name = {"train": "training", "val": "validation"}[phase]
-            feed = Feed(loader, self.seed, name=name, tell=self._report, idle=self._obey_in_a_wait)
+            feed = Feed(loader, self.seed, name=_NAMES[phase], tell=self._report, idle=self._obey_in_a_wait)
             self._feeds = {**self._feeds, phase: feed}
             self.guarantees = {**self.guarantees, phase: feed.guarantee}
         feed.patience = self.watchdog_seconds
@@ -119,8 +122,33 @@ class _ByTheCard:
         self._fetched = True
         return batch, waited
 
+# %% ../nbs/15_gate.ipynb #7d6ffc2d
+class _Looking(_Obeying):
+    "What is said of the first batches"
+
+    def _check_first(self, phase, images, masks):
+        "Look at the first batch. A resume begins anywhere, and must not stumble over what a run steps over: there only shapes count"
+        self._checked, begins, strict = (*self._checked, phase), self.global_step == 0, self.on_nonfinite == "raise"
+        spared = len(images) if not begins or phase == "val" else 0 if strict else max(len(images) - 1, 1)
+        begins = begins or phase == "val"  # Wrong values there are stepped over by nobody
+        which = f"first {_NAMES[phase]} batch"
+        check_batch(images, masks, self.n_classes if begins else None, self.ignore_index, spared, which)
+        if begins and not self.current_epoch and (text := odd_range(images, which)):
+            self._report(text, False)
+
+    def _look_ahead(self):
+        "The first validation batch before the first epoch, where that leaves no trace: not of a stream, nor of a sampler of somebody's own"
+        feed = self._feed_of("val", self.val_loader)
+        if self.global_step or feed.guarantee.level != "exact":
+            return
+        feed.on_bad_sample, batches = self.on_bad_sample, feed.batches(0)
+        with closing(batches):
+            batch = next(batches, None)
+        if batch is not None:
+            self._check_first("val", *split_batch(batch))
+
 # %% ../nbs/15_gate.ipynb #5bfc2c0f
-class Gate(_Obeying):
+class Gate(_Looking):
     "A trainer that can fetch its batches, one at a time on the device, with the control between them."
 
     def _feed(self, loader, phase, epoch, start=0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -141,8 +169,8 @@ class Gate(_Obeying):
                 if batch is None:
                     return
                 images, masks = split_batch(batch)
-                if not self._checked:
-                    self._check_first(images, masks)
+                if phase not in self._checked:
+                    self._check_first(phase, images, masks)
                 if phase == "train":
                     self._start_batch = self.batch = feed.position
                 yield change(*carry(images, masks), epoch, feed.position)
@@ -150,12 +178,6 @@ class Gate(_Obeying):
             batches.close()
             if self.run is None or self.run.ended:
                 self._feeds.pop(phase).close()
-
-    def _check_first(self, images, masks):
-        "Look at the first batch. A resume begins anywhere, and must not stumble over what a run steps over: there only shapes count"
-        self._checked, begins, strict = True, self.global_step == 0, self.on_nonfinite == "raise"
-        spared = len(images) if not begins else 0 if strict else max(len(images) - 1, 1)
-        check_batch(images, masks, self.n_classes if begins else None, self.ignore_index, spared)
 
     def _count_bad(self, phase, feed, counted):
         "Take over how many samples of the pass are lost so far"

@@ -67,7 +67,7 @@ class _Blank:
         self._folder = self._train_metrics = self._data_size = None
         self._last_weights, self._begun, self._origin = LastWeights(), False, None
         self._start_batch, self._spent, self._began, self._at_boundary = 0, 0.0, 0.0, True
-        self._waited, self._images, self._checked, self._looked = 0.0, 0, False, False
+        self._waited, self._images, self._checked, self._looked = 0.0, 0, (), False
         self.averaged = self.val_batch = self._aside = None
         self._norms, self._boundary, self._stepping, self._thread = RunningMean(), None, False, None
         self._losses, self._bad_steps, self._batch_images, self._gone_back, self._images_are_bad = [], BadSteps(), 0, set(), False

@@ -209,7 +209,7 @@ class _Life(_Endings):
 
     def _begin(self, run):
         self._saved_step, self._saved_time, self._began, self._thread = self.global_step, time.monotonic(), run.elapsed, threading.get_ident()
-        self._at_boundary, self._stepping, self._checked, self._looked, self._was = True, False, False, False, None
+        self._at_boundary, self._stepping, self._checked, self._looked, self._was = True, False, (), False, None
         self._bad_steps, self._rollbacks, self._gone_back, self._images_are_bad, self._poisoned = BadSteps(self.nonfinite_in_a_row), 0, set(), False, ""
         self.scaler = fresh_scaler(self.scaler)  # That of a step which an error broke off refuses the next
         self._open_feeds()
@@ -224,6 +224,7 @@ class _Life(_Endings):
             _log.warning("%s", text)
         self.observers.notify("on_run_start", self)
         run.begin()
+        self._look_ahead()
 
 # %% ../nbs/17_trainer.ipynb #935a7bf9
 class _Beginnings(_Life):
