@@ -21,7 +21,7 @@ from .history import History
 from .report import ReportParts, report_of_trainer
 from .restore import best_model, earlier_session, load_best, rewind
 from .predictions import samples_html
-from .settings import check_setting
+from .settings import SETTINGS, check_setting
 from .trainer import UNetTrainer
 
 _log = logging.getLogger(__name__)
@@ -51,8 +51,10 @@ class _Starting(Display):
     ) -> Run:  # The handle of the run
         """Begin, or go on. While a run is going on this changes nothing, so a cell with it may be run again.
 
-        Raises `ValueError` before the first step if a look at the masks found something that cannot be right.
+        Raises `ValueError` before the first step if a look at the masks found something that cannot be right, `TypeError` for a number of epochs.
         """
+        if not isinstance(resume, bool):
+            raise TypeError(f"start(resume={resume!r}): use True or False. How many epochs there are is told to the panel, TrainerPanel(…, num_epochs=…), or train_more(epochs).")
         if self.trainer.run is not None and not self.trainer.run.ended:
             return self.trainer.run
         return self._begun(lambda: self._start_or_resume(resume))
@@ -245,6 +247,10 @@ class TrainerPanel(_Results):
     ):
         if (trainer is None) == (model is None or loaders is None) or (trainer is not None and trainer_options):
             raise ValueError("Give either model and loaders (with options for the trainer), or trainer alone.")
+        if not (trainer is None or isinstance(trainer, UNetTrainer)):
+            raise TypeError(f"trainer is {trainer.__name__ if isinstance(trainer, type) else type(trainer).__name__}: give a trainer that was made, UNetTrainer(model, train_loader, val_loader).")
+        if not SETTINGS["epochs"].allows(num_epochs):
+            raise ValueError(f"num_epochs must be {SETTINGS['epochs']}; got {num_epochs!r}.")
         super().__init__(trainer or UNetTrainer(model, *_two_loaders(loaders), **trainer_options), num_epochs, self._press, self.set)
         self.controls, self._first, self._one_start = self._widgets.controls, FirstBatch(), threading.Lock()
         self.trainer.observers.add(ReportParts(self._report_parts))

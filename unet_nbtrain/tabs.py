@@ -72,9 +72,11 @@ class Tabs:
         tab: object,  # With `title` and `box`
         paint: Callable[[], None],  # Brings it up to date
     ) -> object:  # The same tab
-        "One more tab, the last in the row."
-        self._tabs.append((tab, paint))
+        "One more tab, the last in the row; raises `TypeError`, and nothing is added, for what is no tab or cannot be called."
+        if not (hasattr(tab, "box") and isinstance(getattr(tab, "title", None), str) and callable(paint) and callable(getattr(tab, "_make", paint))):
+            raise TypeError(f"A tab is a title with a function that gives its markup, or a BoxTab with one that paints it; got {tab!r} and {paint!r}.")
         self.widget.children = (*self.widget.children, tab.box)
+        self._tabs.append((tab, paint))
         self.widget.set_title(len(self._tabs) - 1, tab.title)
         if self.widget.selected_index is None:
             self.widget.selected_index = 0

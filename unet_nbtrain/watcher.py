@@ -210,6 +210,9 @@ class Farewell:
                 button.disabled, button.tooltip = True, "The kernel has ended."
 
 
+_ASIDE, _LAST_SECONDS = ("unet-trial", "unet-data-check"), 30
+
+
 @atexit.register
 def _say_farewell(panels=_open):
     for panel in list(panels):
@@ -217,6 +220,9 @@ def _say_farewell(panels=_open):
             panel.say()
         except Exception:
             _log.exception("A panel could not say that its kernel ends.")
+    for thread in threading.enumerate():
+        if thread.name in _ASIDE:
+            thread.join(_LAST_SECONDS)
 
 # %% ../nbs/16_watcher.ipynb #eeb8a38b
 _OURS, _FOREIGN = 500, 8  # How many masks are looked at
