@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['as_seed', 'check_loader', 'shared_samples', 'check_criterion', 'check_trainable', 'check_folder', 'schedule_misfit',
-           'describe_parts', 'given_otherwise', 'keepable']
+           'describe_parts', 'given_otherwise', 'keepable', 'check_movers', 'check_strays']
 
 # %% ../nbs/13_checks.ipynb #25dac763
+import inspect
 import logging
 import math
 import operator
 import os
 import zlib
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from torch.utils.data import Dataset, IterableDataset
 from .checkpoint import CheckpointError, to_plain
 from .core import dataset_attribute, length_of, parts_with, unwrap
 from .schedulers import scheduler_length
+from .settings import SETTINGS
 
 _log = logging.getLogger(__name__)
 
@@ -89,11 +92,23 @@ def _files(loader):
     return {str(path.absolute()) for path in found if isinstance(path, Path)} if isinstance(found, list) else set()
 
 # %% ../nbs/13_checks.ipynb #3a28a1c3
+def _check_made(name, part):
+    "Raise `TypeError` for a class in place of an object of it"
+    if isinstance(part, type):
+        needs = {"criterion": "", "optimizer": "model.parameters()"}.get(name, "optimizer, …")
+        raise TypeError(f"{name} is the class {part.__name__}: give an object of it, {name}={part.__name__}({needs}).")
+
+
 def check_criterion(
     criterion: object,  # A loss
     n_classes: int | None,  # Of the model; `None` where it does not say
 ) -> None:
-    "Raise `ValueError` for a loss that is 0 for every model with one output."
+    "Raise `TypeError` for what is no loss, `ValueError` for one that gives a number for each pixel, or is 0 for every model with one output."
+    _check_made("criterion", criterion)
+    if criterion is not None and not callable(criterion):
+        raise TypeError(f"criterion is a {type(criterion).__name__}: give a loss of (logits, masks), such as create_loss_function(n_classes), or its name.")
+    if getattr(criterion, "reduction", None) == "none":
+        raise ValueError(f"{type(criterion).__name__} has reduction='none', and gives a number for each pixel. A step needs their mean: reduction='mean'.")
     if n_classes == 1 and isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)):
         raise ValueError(
             f"{type(criterion).__name__} does not fit n_classes=1: its softmax over one channel is 1, and the loss 0 for ever. "
@@ -247,3 +262,31 @@ def keepable(
         except CheckpointError:
             _tell_left_out(what, repr(key)[:60])
     return None if (whole and len(kept) < len(value)) or not all(isinstance(key, str) for key in kept) else kept
+
+# %% ../nbs/13_checks.ipynb #cb0fa205
+def check_movers(
+    optimizer: object,  # What shall move the weights
+    scheduler: object | None,  # What shall move its rate
+) -> None:
+    "Raise `TypeError` for what is no optimizer or no schedule."
+    _check_made("optimizer", optimizer)
+    _check_made("scheduler", scheduler)
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: give a PyTorch optimizer, such as create_optimizer(model), or its name.")
+    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+        raise TypeError(f"scheduler is a {type(scheduler).__name__}: give a PyTorch schedule, such as create_scheduler(optimizer, 'cosine', T_max=epochs), or None.")
+
+# %% ../nbs/13_checks.ipynb #58871745
+def check_strays(
+    trainer: object,  # A `TrainerState`
+) -> None:
+    "Raise `AttributeError` for an attribute that looks like a setting or an argument, but is none."
+    kind = type(trainer)
+    if kind.__module__.split(".")[0] != __name__.split(".")[0]:
+        return
+    known = [*SETTINGS, *inspect.signature(kind).parameters]
+    for name in vars(trainer):
+        if name == "amp":
+            raise AttributeError(f"{kind.__name__} has no attribute 'amp': the precision is settled when it is made, {kind.__name__}(…, amp={trainer.amp!r}).")
+        if not (name.startswith("_") or name in known or hasattr(kind, name)) and (close := get_close_matches(name, known, 1, 0.8)):
+            raise AttributeError(f"{kind.__name__} has no attribute {name!r}; did you mean {close[0]}? If it is a note of yours, give it another name.")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .checkpoint import CheckpointFolder
-from .checks import as_seed, check_criterion, check_folder, check_loader, check_trainable, shared_samples
+from .checks import as_seed, check_criterion, check_folder, check_loader, check_movers, check_strays, check_trainable, shared_samples
 from .core import dataset_attribute, get_amp_dtype, get_device, length_of, unwrap
 from .early_stopping import BestWeights, EarlyStopping, LastWeights
 from .epoch import EpochMeter, RunningMean
@@ -27,7 +27,7 @@ from .loggers import HistoryFiles, ProgressBar, RunLog, TensorBoardLogger
 from .losses import create_loss_function
 from .optimizers import create_optimizer
 from .schedulers import create_scheduler, rescale_schedule, scheduler_unit
-from .settings import SETTINGS, LiveSetting, check_setting
+from .settings import SETTINGS, LiveSetting, SetSetting, check_setting
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class _Blank:
     "The counters of a trainer that has not begun"
 
     gradient_clip_norm, accumulate_gradients, ema_decay, threshold = (LiveSetting() for _ in range(4))
-    save_every_n_epochs, save_every_n_steps, save_every_n_minutes = (LiveSetting() for _ in range(3))
-    save_top_k, keep_epochs = LiveSetting(), LiveSetting()
+    save_every_n_epochs, save_every_n_steps, save_every_n_minutes, save_top_k, keep_epochs = (LiveSetting() for _ in range(5))
+    lr, epochs, min_delta, patience, early_stopping_patience = SetSetting(), SetSetting(), SetSetting(), SetSetting(), SetSetting("patience")
     on_nonfinite, nonfinite_limit, on_bad_sample, on_oom, deterministic = (LiveSetting() for _ in range(5))
 
     def _begin_at_zero(self):
@@ -130,6 +130,12 @@ class _Parts(_Setup):
         self.model.to(self.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
         self.n_classes = getattr(unwrap(self.model), "n_classes", None)
         self.ignore_index = self._find_ignore_index()
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.amp_dtype == torch.float16 else None
+        self._train_meter = EpochMeter(self.ignore_index, self.threshold)
+        self._adopt_optimizer()
+
+    def _adopt_parts(self):
+        "Loss, optimizer and schedule, given as objects, by name, or not at all; in this order, since each may be made for the one before"
         if self.criterion is None or isinstance(self.criterion, str):
             if self.n_classes is None:
                 raise ValueError("The model has no attribute n_classes, so the loss is unknown: give criterion=create_loss_function(n_classes=…).")
@@ -137,27 +143,21 @@ class _Parts(_Setup):
         check_criterion(self.criterion, self.n_classes)
         if isinstance(self.criterion, nn.Module):
             self.criterion.to(self.device)
-        self._adopt_steps()
-        self.scaler = torch.amp.GradScaler(self.device.type) if self.amp_dtype == torch.float16 else None
-        self._train_meter = EpochMeter(self.ignore_index, self.threshold)
-        self._adopt_optimizer()
-
-    def _adopt_steps(self):
-        "Optimizer and schedule, given as objects, by name, or not at all"
         if self.optimizer is None or isinstance(self.optimizer, str):
             known = getattr(self.scheduler, "optimizer", None) if self.optimizer is None else None
             self.optimizer = known or create_optimizer(self.model, self.optimizer or "adamw")
         if isinstance(self.scheduler, str):
             self.scheduler = create_scheduler(self.optimizer, self.scheduler)
-
-
+        check_movers(self.optimizer, self.scheduler)
 
 # %% ../nbs/14_state.ipynb #3b6edd81
 class _Ready(_Parts):
     "Parts that fit each other, and the places they write to"
 
     def _adopt_optimizer(self):
-        "Look at optimizer and schedule, again before each run, since they may have been replaced"
+        "Look at loss, optimizer and schedule, again before each run, since they may have been replaced"
+        check_strays(self)
+        self._adopt_parts()
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         check_trainable(self._parameters)
         if not {id(p) for p in self._parameters} <= {id(p) for p in self.model.parameters()}:
