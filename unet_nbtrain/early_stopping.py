@@ -266,7 +266,7 @@ class LastWeights:
     "The last weights of a run, kept aside while the model carries the best ones."
 
     def __init__(self):
-        self.weights, self._versions = None, None
+        self.weights, self._put_in = None, {}
 
     def keep(
         self,
@@ -277,14 +277,15 @@ class LastWeights:
         kept = unwrap(model).state_dict().items()
         self.weights = {name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in kept}
         best.restore(model)
-        self._versions = [parameter._version for parameter in model.parameters()]
+        self._put_in = best.state_dict()
 
     def are_aside(
         self,
         model: nn.Module,  # The same model
     ) -> bool:
         "Whether weights are kept, and the model still carries exactly what was put in then."
-        return self.weights is not None and self._versions == [parameter._version for parameter in model.parameters()]
+        named = unwrap(model).named_parameters()  # By value: what is changed through `.data` has no other version
+        return self.weights is not None and all(torch.equal(o.detach(), self._put_in[name].to(o)) for name, o in named if name in self._put_in)
 
     def give_back(
         self,
@@ -294,5 +295,5 @@ class LastWeights:
         untouched, kept = self.are_aside(model), self.weights is not None
         if untouched:
             unwrap(model).load_state_dict(self.weights)
-        self.weights, self._versions = None, None
+        self.weights, self._put_in = None, {}
         return kept and not untouched
