@@ -336,10 +336,9 @@ def test_a_second_run_in_a_folder_puts_the_first_one_aside(tmp_path, caplog):
 
 
 def test_a_trainer_puts_nothing_of_its_own_aside(tmp_path):
-    """Stopped, or failed, before its first step and started again; gone on; gone back to its beginning; a loop of its own"""
+    """Stopped, or failed, before its first step and started again; gone on; a loop of its own"""
     trainer_of(tmp_path, ours()).train(1)
     trainer = trainer_of(tmp_path, ours())
-    start = trainer.save_checkpoint(tmp_path / "start.pth")
     trainer.train_epoch = fails
     for _ in range(3):
         with pytest.raises(RuntimeError, match="before the first step"):
@@ -347,8 +346,6 @@ def test_a_trainer_puts_nothing_of_its_own_aside(tmp_path):
     kept = aside(tmp_path)
     del trainer.train_epoch
     trainer.train(2)
-    trainer.train(1)
-    trainer.load_checkpoint(start)
     trainer.train(1)
     other = trainer_of(tmp_path, ours())
     other.current_epoch = 3
@@ -362,3 +359,102 @@ def test_starting_by_mistake_twice_does_not_push_out_the_good_run(tmp_path):
     for _ in range(3):
         trainer_of(tmp_path, ours(), observers=[Stop(2)]).train(1)
     assert trainer_of(tmp_path / "again", ours()).train(resume=tmp_path / "checkpoints" / "replaced")["epochs"] == [1]
+
+
+def best_in(folder):
+    """The best epoch that the best file knows, and how many rows its history has"""
+    state = torch.load(folder / "best_model.pth", weights_only=True)
+    return state["early_stopping"]["best_epoch"], len(state["history"]["rows"])
+
+
+class Scripted(UNetTrainer):
+    """Validation losses as one wants them"""
+
+    def validate_epoch(self):
+        return super().validate_epoch() | {"loss": self.losses[self.current_epoch]}
+
+
+def scripted(folder, *losses, **options):
+    trainer = small(folder, save_every_n_epochs=2, **options)
+    trainer.__class__, trainer.losses = Scripted, losses
+    return trainer
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["another trainer", "the same one"])
+@pytest.mark.parametrize("losses, best", [((3, 2, 1.5, 1.4), 4), ((3, 2, 8, 9), 2)], ids=["better than then", "worse"])
+def test_going_back_within_a_folder_puts_aside_what_came_after(tmp_path, losses, best, same):
+    """The best file is that of the history, and that of the first line, better or not, is still there"""
+    first = scripted(tmp_path, 3, 2, 1, 0.5, 0.4)
+    first.train(5)
+    folder, whole = tmp_path / "checkpoints", (tmp_path / "checkpoints" / "best_model.pth").read_bytes()
+    again = first if same else scripted(tmp_path)
+    again.load_checkpoint(folder / "epoch_0002.pth")
+    again.losses = losses
+    again.train(2)
+    assert aside(tmp_path) == (["best_model.pth", "epoch_0004.pth", "final_model.pth", "last.prev.pth", "last.pth"], whole)
+    assert best_in(folder)[0] == again.history.best["epoch"] == best and best_in(folder / "replaced") == (5, 5)
+    assert torch.load(folder / "last.pth", weights_only=True)["epoch"] == 4
+    again.train(resume=folder / "last.pth")
+    assert best_in(folder / "replaced") == (5, 5) and len(again.history) == 4
+
+
+@pytest.mark.parametrize("broken", ["", "last.pth"], ids=["killed before last", "last is torn"])
+def test_going_on_from_the_newest_file_moves_nothing(tmp_path, broken):
+    """Also where the best file is of the epoch after it, since the run was killed between the two"""
+    scripted(tmp_path, 3, 2).train(2)
+    folder = tmp_path / "checkpoints"
+    older = {name: (folder / name).read_bytes() for name in ("last.pth", "last.prev.pth")}
+    scripted(tmp_path, 3, 2, 1).train(3, resume="last")
+    for name, content in older.items():
+        (folder / name).write_bytes(b"torn" if name == broken else content)
+    again = scripted(tmp_path, 3, 2, 1)
+    again.train(3, resume="last")
+    assert not (folder / "replaced").exists() and best_in(folder) == (3, 3) and len(again.history) == 3
+
+
+def test_another_seed_is_told(tmp_path, caplog):
+    small(tmp_path).train(1)
+    small(tmp_path).train(2, resume="last")
+    assert "seed" not in caplog.text
+    small(tmp_path, seed=7).train(3, resume="last")
+    assert "the seed" in caplog.text and "may not repeat" in caplog.text
+
+
+class Adaptive(nn.Module):
+    """A loss whose scale follows the losses before"""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, logits, masks):
+        loss = nn.functional.binary_cross_entropy_with_logits(logits[:, 0], masks)
+        if torch.is_grad_enabled():
+            self.scale.mul_(0.9).add_(0.1 * loss.detach())
+        return loss / self.scale
+
+
+def test_a_loss_with_numbers_of_its_own_goes_on(tmp_path):
+    """Bit for bit; a file without them loads"""
+    whole = small(tmp_path / "whole", criterion=Adaptive()).train(4)
+    small(tmp_path / "parts", criterion=Adaptive()).train(2)
+    parts = small(tmp_path / "parts", criterion=Adaptive())
+    parts.train(4, resume="last")
+    assert parts.history["train_losses"] == whole["train_losses"]
+    file = tmp_path / "parts" / "checkpoints" / "last.pth"
+    state = torch.load(file, weights_only=True)
+    del state["criterion_state_dict"]
+    torch.save(state, file)
+    small(tmp_path / "old", criterion=Adaptive()).load_checkpoint(file)
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: [parameter.data.zero_() for parameter in model.parameters()],
+    lambda model: nn.utils.vector_to_parameters(0 * nn.utils.parameters_to_vector(model.parameters()), model.parameters()),
+], ids=["data", "vector"])  # fmt: skip
+def test_weights_that_were_changed_behind_the_back_of_autograd_stay(tmp_path, change):
+    trainer = small(tmp_path)
+    trainer.train(2)
+    change(trainer.model)
+    trainer._recall_last()
+    assert all((parameter == 0).all() for parameter in trainer.model.parameters())

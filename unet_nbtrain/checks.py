@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_seed', 'check_loader', 'shared_samples', 'check_criterion', 'check_trainable', 'check_folder', 'schedule_misfit',
-           'describe_parts', 'given_otherwise', 'keepable', 'check_movers', 'check_strays']
+           'describe_parts', 'given_otherwise', 'keepable', 'check_movers', 'check_strays', 'is_of_epoch',
+           'state_of_loss', 'plateau_metric']
 
 # %% ../nbs/13_checks.ipynb #25dac763
 import inspect
@@ -23,8 +24,9 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, IterableDataset
 
-from .checkpoint import CheckpointError, to_plain
+from .checkpoint import CheckpointError, load_file, to_plain
 from .core import dataset_attribute, length_of, parts_with, unwrap
+from .early_stopping import EarlyStopping
 from .schedulers import scheduler_length
 from .settings import SETTINGS
 
@@ -290,3 +292,41 @@ def check_strays(
             raise AttributeError(f"{kind.__name__} has no attribute 'amp': the precision is settled when it is made, {kind.__name__}(…, amp={trainer.amp!r}).")
         if not (name.startswith("_") or name in known or hasattr(kind, name)) and (close := get_close_matches(name, known, 1, 0.8)):
             raise AttributeError(f"{kind.__name__} has no attribute {name!r}; did you mean {close[0]}? If it is a note of yours, give it another name.")
+
+# %% ../nbs/13_checks.ipynb #5594822c
+def is_of_epoch(
+    state: Mapping | Path,  # What a file of a run holds, or the file
+    epoch: int,  # Counted from 1
+) -> bool:  # `False` for a file that cannot be read
+    "Whether a checkpoint holds the weights of the end of this epoch as those to use."
+    if isinstance(state, Path):
+        try:
+            state = load_file(state)
+        except CheckpointError:
+            return False
+    if state.get("carries_best"):
+        return state.get("early_stopping", {}).get("best_epoch") == epoch
+    return state.get("epoch") == epoch and not state.get("batch") and state.get("train_metrics") is None
+
+# %% ../nbs/13_checks.ipynb #63473528
+def state_of_loss(
+    criterion: object,  # A loss
+) -> dict | None:  # `None` if there is nothing that changes
+    "What a checkpoint keeps of a loss."
+    if not isinstance(criterion, nn.Module) or all(type(part).__module__.startswith(("torch.", "unet_nbtrain.")) for part in criterion.modules()):
+        return None
+    return keepable(criterion.state_dict(), "the loss") or None
+
+# %% ../nbs/13_checks.ipynb #78f9e025
+def plateau_metric(
+    scheduler: object,  # A `ReduceLROnPlateau`, perhaps in a warm-up
+    stopping: EarlyStopping,  # Of the same trainer
+    val: Mapping,  # The metrics of a validation
+) -> float | None:
+    "What a plateau schedule watches: the loss, or for mode 'max' what early stopping watches, else Dice; `ValueError` if it is missing."
+    rises = getattr(scheduler, "mode", "min") == "max"
+    if rises and stopping.mode == "max":
+        return stopping.value_of({"val": val})
+    if (name := "dice" if rises else "loss") not in val:
+        raise ValueError(f"The plateau schedule watches the validation {name!r}, which validate_epoch() did not give; it gave: {', '.join(val)}.")
+    return val[name]

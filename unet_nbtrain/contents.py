@@ -236,7 +236,7 @@ _TEXTS = ("model", "optimizer", "torch", "format")
 _KINDS = [
     ("tensors by name", _is_weights, _WEIGHTS),
     ("the state of an optimizer", _is_optional(_is_optimizer), ("optimizer_state_dict",)),
-    ("entries by name, or None", _is_optional(_is_mapping), ("scheduler_state_dict", "scaler_state_dict", "train_metrics", "data", "model_config")),
+    ("entries by name, or None", _is_optional(_is_mapping), ("scheduler_state_dict", "scaler_state_dict", "criterion_state_dict", "train_metrics", "data", "model_config")),
     ("entries by name", _is_mapping, ("meter", "norms", "settings")),
     ("a whole number, 0 or more", _is_count, _COUNTS),
     ("a number, 0 or more", lambda value: _is_number(value) and value >= 0, ("seconds",)),

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .checkpoint import CheckpointError, CheckpointFolder, load_file, load_weights, misfits
-from .checks import describe_parts, given_otherwise
+from .checks import describe_parts, given_otherwise, is_of_epoch
 from .core import unwrap
 from .early_stopping import BestWeights, EarlyStopping, LastWeights
 from .epoch import EpochMeter, RunningMean, averaged_model
@@ -26,7 +27,7 @@ from .text import text_table
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/14_restoring.ipynb #2d3486ae
-_TOLD = {"loss": "the loss", "images": "training images", "names": "names of the images, as a checksum", "batches": "batches an epoch", "torch": "PyTorch", "threads": "threads of PyTorch"}
+_TOLD = {"loss": "the loss", "images": "training images", "names": "names of the images, as a checksum", "batches": "batches an epoch", "torch": "PyTorch", "seed": "the seed", "threads": "threads of PyTorch"}
 
 
 def _difference_table(rows):
@@ -140,7 +141,7 @@ class _Comparing:
             raise CheckpointError(f"{path} cannot be taken over ({error}). Nothing was changed.") from error
 
     def _tell_differences(self, state, path, mine):
-        told = state.get("parts", {}) | {"torch": state.get("torch", mine["torch"])}
+        told, mine = state.get("parts", {}) | {name: state[name] for name in ("torch", "seed") if name in state}, mine | {"seed": self.seed}
         rows = [(words, told[name], mine[name]) for name, words in _TOLD.items() if name in told and told[name] != mine[name]]
         if (state.get("scheduler") is None) != (mine["scheduler"] is None):
             rows.append(("the schedule", state.get("scheduler"), mine["scheduler"]))
@@ -161,11 +162,16 @@ class _Putting(_Comparing):
         self.parts_per_batch, self.val_parts_per_batch = (max(1, state.get(name, 1)) for name in ("parts_per_batch", "val_parts_per_batch"))
         self._skipped, self._data_size = state.get("skipped", 0), state.get("parts", {}).get("images")
         self._bad_steps, self._infinite_at_start = BadSteps(state.get("nonfinite_in_a_row", 0)), list(state.get("infinite_at_start", ()))
+        self._gone_back, self._images_are_bad = set(map(tuple, state.get("gone_back", ()))), state.get("images_are_bad", False)
         self.history.load_state_dict(state["history"])
-        for name, value in state["settings"].items():
+        self._take_settings_of(state["settings"])
+
+    def _take_settings_of(self, changed):
+        "Settings that were changed while the run went on; those of the optimizer and of the plan lie elsewhere"
+        for name, value in changed.items():
             if name in SETTINGS and name not in ("lr", "epochs"):
                 setattr(*self._where(name), value)
-        self.changed_settings = dict(state["settings"])
+        self.changed_settings = dict(changed)
 
     def _load_average(self, state):
         "The averaged weights, if the file has any and this trainer averages (which a setting in the file may have changed), or has yet to evaluate them"
@@ -194,24 +200,17 @@ class _Best(_Putting):
         best, folder = self.early_stopping.best_epoch, CheckpointFolder(path.parent)
         if best is None:
             return {}
-        if state.get("carries_best") or _is_of(state, best):
+        if state.get("carries_best") or is_of_epoch(state, best):
             return state["model_state_dict"]
         for candidate in (folder.best, folder.numbered("epoch", best), folder.numbered("top", best), folder.final):
             try:
                 found = load_file(candidate)
             except CheckpointError:
                 continue
-            if _is_of(found, best) and not misfits(self.model, found["model_state_dict"]):
+            if is_of_epoch(found, best) and not misfits(self.model, found["model_state_dict"]):
                 return found["model_state_dict"]
         _log.warning("The weights of the best epoch, %d, are not beside %s. The run goes on, and keeps those of the next better epoch.", best, path)
         return {}
-
-
-def _is_of(state, epoch):
-    "Whether a checkpoint holds the weights of the end of this epoch as those to use"
-    if state.get("carries_best"):
-        return state.get("early_stopping", {}).get("best_epoch") == epoch
-    return state.get("epoch") == epoch and not state.get("batch") and state.get("train_metrics") is None
 
 # %% ../nbs/14_restoring.ipynb #135adc21
 class _Applying(_Best):
@@ -238,6 +237,8 @@ class _Applying(_Best):
                 self._load_position(state)
                 self._load_best(state, path)
                 self._load_average(state)
+                if (numbers := state.get("criterion_state_dict")) and isinstance(self.criterion, nn.Module) and not misfits(self.criterion, numbers):
+                    self.criterion.load_state_dict(numbers)
         load_weights(self.model, state.get("training_model_state_dict", state["model_state_dict"]), source=str(path))
 
 # %% ../nbs/14_restoring.ipynb #68e42273
@@ -261,17 +262,16 @@ class Restoring(_Applying):
     def _come_from(self, state, path):
         "Take a state over and remember its file, in the folder where it is seen, which a link does not leave"
         self._load(state, path)
-        self._origin = path.parent.resolve() / path.name
+        self._origin, self._came = path.parent.resolve() / path.name, True
 
     def _fine_tune(self, state, path):
-        names = list(unwrap(self.model).state_dict())
+        names, old = list(unwrap(self.model).state_dict()), self.early_stopping
         left = load_weights(self.model, state["model_state_dict"], strict=False, source=str(path))
         if len(left) == len(names):
             raise CheckpointError(f"{path} has no layer that fits this {type(unwrap(self.model)).__name__}. Nothing was changed.")
         self._begin_at_zero()
         self._train_meter.reset()
         self.optimizer.state.clear()
-        old = self.early_stopping
         fresh = EarlyStopping(monitor=old.monitor, mode=old.mode, start_epoch=old.start_epoch)
         self._load_early_stopping(fresh.state_dict())
         self.best_weights = BestWeights()

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from .checkpoint import CheckpointError, save_file
-from .checks import describe_parts, keepable
+from .checks import describe_parts, is_of_epoch, keepable, state_of_loss
 from .contents import NonFiniteError
 from .core import unwrap
 from .disk import FolderLock, sweep
 from .records import without_copies
 from .restoring import Resuming
 from .state import TrainerState
-from .writer import Writer, put_aside
+from .writer import Writer, files_after, put_aside
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class _Saving(Resuming, TrainerState):
         return {**self._weights_state(), **self._position_state()} | {
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": keepable(self.scheduler.state_dict(), "the schedule") if self.scheduler is not None else None,
-            "scaler_state_dict": self.scaler.state_dict() if self.scaler else None,
+            "scaler_state_dict": self.scaler.state_dict() if self.scaler else None, "criterion_state_dict": state_of_loss(self.criterion),
             "scheduler": parts["scheduler"], "optimizer": parts["optimizer"], "parts": parts,
             "data": keepable(self.preprocessing, "dataset.preprocessing", whole=True),
             "threshold": self.threshold,
@@ -67,17 +67,15 @@ class _Positioned(_Saving):
         "Where in the run it is, with the sums of the epoch at work"
         in_training = self._train_metrics is None
         return {
-            "epoch": self.current_epoch,
-            "global_step": self.global_step,
+            "epoch": self.current_epoch, "global_step": self.global_step, "total_epochs": self.total_epochs,
             "batch": self._start_batch if in_training else 0,
             "train_metrics": self._train_metrics,
             "meter": self._train_meter.state_dict() if in_training else {},
             "norms": self._norms.state_dict(),
             "seconds": self.epoch_seconds,
-            "total_epochs": self.total_epochs,
             **{name: getattr(self, name) for name in ("parts_per_batch", "val_parts_per_batch", "nonfinite_in_a_row")},
-            "skipped": self._skipped,
-            "infinite_at_start": self._infinite_at_start,
+            "gone_back": sorted(map(list, self._gone_back)), "images_are_bad": self._images_are_bad,
+            "skipped": self._skipped, "infinite_at_start": self._infinite_at_start,
         }
 
 # %% ../nbs/15_saving.ipynb #9295f75a
@@ -146,10 +144,7 @@ class _Outcome(_Aside):
     def _collect(self):
         "Look at what the writer has done since the last time"
         for job in self._writer.collect():
-            if job.error is None:
-                self._written(job.note)
-            else:
-                self._not_written(job.error, job.note)
+            self._written(job.note) if job.error is None else self._not_written(job.error, job.note)
 
     def _not_written(self, error, names):
         "A disk that refuses is a problem to be told, not the end of the training"
@@ -193,13 +188,18 @@ class _InFolder(_Outcome):
             sweep(folder, own=self._lock is not None)
 
     def _make_room(self):
-        "Before a run's first file: the files of another run go aside, and the best weights are owed if they are of another folder"
-        goes_on = self._folder.folder.resolve() in self._origin.parents if self._origin else self.current_epoch
+        "Before a run's first file: those of another run, or of one that went back what is further on, go aside; the best weights are owed if their file is not there"
+        folder, came, later = self._folder, self._came, []
+        goes_on = folder.folder.resolve() in self._origin.parents if self._origin else self.current_epoch
         if not (self._begun or goes_on):
-            put_aside(self._folder, self.run_dir)
-        self._begun = True
-        if self.best_weights.available and not self._folder.best.exists():
-            self._owed |= {self._folder.best}
+            put_aside(folder, self.run_dir)
+        elif came and self._origin.parent.name != "replaced" and (later := files_after(folder, self.current_epoch, self.global_step)):
+            put_aside(folder, self.run_dir, only=later)
+        self._begun, self._came = True, False
+        if self.best_weights.available and not (is_of_epoch(folder.best, self.early_stopping.best_epoch) if came else folder.best.exists()):
+            self._owed |= {folder.best}
+        if later:
+            self._save()
 
     def _leave_folder(self):
         "The end of a run: everything on the disk, no thread, and the folder is free"
@@ -227,15 +227,12 @@ class _Cadence(_Weights):
     "What is written when"
 
     def _save_epoch(self, best):
-        folder, epoch, names, state = self._folder, self.current_epoch, [], without_copies(self.state_dict)
+        folder, epoch, state = self._folder, self.current_epoch, without_copies(self.state_dict)
         if best:
             self.best_weights.load_state_dict(state["model_state_dict"])
-            names.append(folder.best)
-        if self.save_every_n_epochs and epoch % self.save_every_n_epochs == 0:
-            names.append(folder.numbered("epoch", epoch))
-        if self.save_top_k and epoch in self._top_epochs():
-            names.append(folder.numbered("top", epoch))
-        self._save_aside(names, self._prune(), state)
+        regular, top = self.save_every_n_epochs and epoch % self.save_every_n_epochs == 0, self.save_top_k and epoch in self._top_epochs()
+        names = {folder.best: best, folder.numbered("epoch", epoch): regular, folder.numbered("top", epoch): top}
+        self._save_aside([name for name, wanted in names.items() if wanted], self._prune(), state)
 
     def _prune(self):
         "What removes the files that are not wanted any more, as things are now; never the one that this run came from"
@@ -291,10 +288,13 @@ class ResumableState(_Cadence):
     def _roll_back(self):
         "After numbers went bad: everything as in the newest good checkpoint"
         self._finish_writing()
-        events = self.history.events
+        events, places, bad = self.history.events, self._gone_back, self._images_are_bad
+        settings = {name: value for name, value in self.changed_settings.items() if name != "lr"}
         try:
             self._load(*self._folder.load_newest(trusted=True))
         except CheckpointError as error:
             _log.error("The weights may hold NaN, and there is nothing to go back to: %s", error)
+        self._gone_back, self._images_are_bad = places, bad
+        self._take_settings_of({"lr": self.changed_settings["lr"]} | settings if "lr" in self.changed_settings else settings)
         for event in events[len(self.history.events) :]:
             self.history.mark(event["kind"], event["epoch"], event["step"], event["text"])

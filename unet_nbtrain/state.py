@@ -65,7 +65,7 @@ class _Blank:
         self.current_epoch = self.total_epochs = self.global_step = 0
         self.phase, self.batch, self.num_batches = "idle", 0, None
         self._folder = self._train_metrics = self._data_size = None
-        self._last_weights, self._begun, self._origin = LastWeights(), False, None
+        self._last_weights, self._begun, self._origin, self._came = LastWeights(), False, None, False
         self._start_batch, self._spent, self._began, self._at_boundary = 0, 0.0, 0.0, True
         self._waited, self._images, self._checked, self._looked = 0.0, 0, (), False
         self.averaged = self.val_batch = self._aside = None
@@ -101,8 +101,8 @@ class _Setup(_Blank):
         self.device, self.seed = get_device(device), as_seed(seed)
         self.amp_dtype = get_amp_dtype(amp, self.device)
         self.checkpoint_dir, self.log_dir, self.run_dir = (Path(p) if p else None for p in (checkpoint_dir, log_dir, run_dir))
-        self.early_stopping, self.best_weights = EarlyStopping(early_stopping_patience), BestWeights()
-        self.gradient_clip_norm, self.accumulate_gradients, self.ema_decay, self.threshold = None, 1, None, 0.5
+        self.early_stopping, self.best_weights, self.threshold = EarlyStopping(early_stopping_patience), BestWeights(), 0.5
+        self.gradient_clip_norm, self.accumulate_gradients, self.ema_decay = None, 1, None
         self.save_every_n_epochs = check_setting("save_every_n_epochs", save_every_n_epochs)
         self.save_every_n_steps = self.save_every_n_minutes = self.save_top_k = self.keep_epochs = None
         self.on_nonfinite, self.nonfinite_limit, self.on_bad_sample, self.on_oom, self.deterministic = "skip", 20, "skip", "split", False
@@ -234,12 +234,6 @@ class _Numbers(_Ready):
     def evaluated_model(self) -> nn.Module:
         "The model whose scores are in the history: the averaged one where there is one, else the model itself."
         return self.averaged.module if self.averaged is not None else unwrap(self.model)
-
-    def _plateau_metric(self, val):
-        "What a plateau schedule watches: the loss, or for mode 'max' what early stopping watches, else Dice"
-        if getattr(self.scheduler, "mode", "min") == "min":
-            return val["loss"]
-        return self.early_stopping.value_of({"val": val}) if self.early_stopping.mode == "max" else val["dice"]
 
     @property
     def epoch_seconds(self) -> float:

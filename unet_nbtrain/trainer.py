@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .checks import schedule_misfit
+from .checks import plateau_metric, schedule_misfit
 from .control import Run, interrupt_stops
 from .core import exact_kernels, fresh_scaler, length_of, unwrap
 from .files import to_plain
@@ -120,14 +120,14 @@ class _EpochEnds(_GoingBack):
         bad = train.pop("bad_samples", 0) + self._bad_in_validation
         row = {"epoch": self.current_epoch + 1, "train": train, "val": val, "lr": self.learning_rate}
         seconds = self.epoch_seconds
-        row |= {"seconds": seconds, "images_per_second": self._speed, "data_wait": min(self._waited / max(seconds, 1e-9), 1.0)}
-        row["grad_norm"] = self._norms.compute()
+        row |= {"seconds": seconds, "images_per_second": self._speed, "data_wait": min(self._waited / max(seconds, 1e-9), 1.0), "grad_norm": self._norms.compute()}
         row |= self._tell_skipped(row) | ({"bad_samples": bad} if bad else {})
         row = to_plain(row, f"the numbers of epoch {row['epoch']}")
+        watched, plateau = self.early_stopping.value_of(row), plateau_metric(self.scheduler, self.early_stopping, row["val"]) if self._unit == "metric" else None
         self._stepping = True
-        row["best"] = self.early_stopping.update(self.early_stopping.value_of(row), row["epoch"])
+        row["best"] = self.early_stopping.update(watched, row["epoch"])
         if self._unit not in (None, "step"):
-            step_scheduler(self.scheduler, self._unit, self._plateau_metric(row["val"]))
+            step_scheduler(self.scheduler, self._unit, plateau)
         self.history.append(row)
         self.current_epoch += 1
         self._begin_epoch_afresh()
@@ -210,12 +210,13 @@ class _Life(_Endings):
     def _begin(self, run):
         self._saved_step, self._saved_time, self._began, self._thread = self.global_step, time.monotonic(), run.elapsed, threading.get_ident()
         self._at_boundary, self._stepping, self._checked, self._looked, self._was = True, False, (), False, None
-        self._bad_steps, self._rollbacks, self._gone_back, self._images_are_bad, self._poisoned = BadSteps(self.nonfinite_in_a_row), 0, set(), False, ""
+        self._bad_steps, self._rollbacks, self._poisoned = BadSteps(self.nonfinite_in_a_row), 0, ""
         self.scaler = fresh_scaler(self.scaler)  # That of a step which an error broke off refuses the next
         self._open_feeds()
         self._recall_last()
         self._make_room()
         if self.global_step == 0:
+            self._gone_back, self._images_are_bad = set(), False
             weights = unwrap(self.model).state_dict().items()
             self._infinite_at_start = [name for name, o in weights if torch.is_tensor(o) and o.is_floating_point() and o.isinf().any()]
             if self._save() is None and self._poisoned:

@@ -201,6 +201,60 @@ def test_060_what_the_policy_says(make, policy, reached):
     assert all_finite(trainer.checkpoint_dir)
 
 
+@pytest.mark.parametrize("resumed", [False, True], ids=["the same trainer", "resumed"])
+def test_060_the_rate_is_halved_once_for_an_image(make, resumed):
+    """Not again in each run that goes on; an older file does not know, and loads"""
+    trainer = make(train=broken_loader(), on_nonfinite="rollback")
+    trainer.train(1)
+    for epochs in (2, 3):
+        if resumed:
+            trainer = make(train=broken_loader(), on_nonfinite="rollback")
+            trainer.train(epochs, resume="last")
+        else:
+            trainer.train(1)
+    assert trainer.learning_rate == 5e-4 and trainer.current_epoch == 3
+    state = load_file(trainer.checkpoint_dir / "last.pth")
+    torch.save({key: value for key, value in state.items() if key not in ("gone_back", "images_are_bad")}, trainer.checkpoint_dir / "old.pth")
+    make().load_checkpoint(trainer.checkpoint_dir / "old.pth")
+
+
+def test_060_going_back_keeps_what_was_set_meanwhile(make):
+    """All but the rate, in the trainer and in the files after that; also what had another value in the file it went back to"""
+    def first(trainer):
+        trainer.set("gradient_clip_norm", 2.0)
+        trainer._save()
+
+    def then(trainer):
+        for name, value in {"gradient_clip_norm": 0.5, "patience": 7}.items():
+            trainer.set(name, value)
+
+    trainer = make(Before(1, first), Before(2, then), Heard(), train=broken_loader(at=(14,)), on_nonfinite="rollback")
+    trainer.train(1)
+    wanted = {"gradient_clip_norm": 0.5, "patience": 7, "lr": 5e-4}
+    assert trainer.changed_settings == wanted and trainer.gradient_clip_norm == 0.5 and trainer.early_stopping.patience == 7
+    assert load_file(trainer.checkpoint_dir / "last.pth")["settings"] == wanted
+
+
+@pytest.mark.parametrize("watched", ["monitor", "plateau"])
+def test_062_a_metric_that_is_not_there_does_not_cost_the_epoch(make, watched):
+    """It is told in words, and the file has the epoch's training"""
+    trainer = make(scheduler="plateau")
+    if watched == "monitor":
+        trainer.early_stopping = EarlyStopping(5, monitor="per_class.dice.7")
+    else:
+        trainer.early_stopping = EarlyStopping(5, monitor="dice")
+        trainer.validate_epoch = lambda: {"dice": 0.5}
+    with pytest.raises(ValueError, match="has no metric 'per_class.dice.7'" if watched == "monitor" else "plateau schedule watches the validation 'loss'"):
+        trainer.train(2)
+    state = load_file(trainer.checkpoint_dir / "last.pth")
+    assert trainer.global_step == state["global_step"] == 4 and state["train_metrics"] is not None
+    again = make(scheduler="plateau")
+    again.early_stopping = EarlyStopping(5, monitor=trainer.early_stopping.monitor if watched == "plateau" else "loss")
+    if watched == "plateau":
+        again.train(1, resume="last")
+        assert again.global_step == 4 and len(again.history) == 1
+
+
 def test_062_a_validation_that_never_is_a_number(make):
     """Never the best, and yet each epoch is saved and the last weights are there"""
     class Blind(UNetTrainer):
