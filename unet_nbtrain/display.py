@@ -104,11 +104,11 @@ class _Facts:
         if not moment.found or not self.trainer.run_dir:
             return self.trainer.history
         path = Path(self.trainer.run_dir) / "history.json"
-        if self._found[0] != path:
-            try:
-                self._found = path, History.load(path)
-            except (ValueError, OSError):
-                self._found = path, self.trainer.history
+        try:
+            if self._found[0] != (written := path.stat().st_mtime_ns):
+                self._found = written, History.load(path)
+        except (ValueError, OSError):
+            return self.trainer.history
         return self._found[1]
 
 # %% ../nbs/17_display.ipynb #6a72063f

@@ -50,9 +50,7 @@ class _Saving(Resuming, TrainerState):
         "The weights that were evaluated and, where they are others, those that are in training"
         model = unwrap(self.model if self._aside is None else self._aside)
         state = {"model": type(model).__name__, "model_config": keepable(getattr(model, "config", None), "model.config", whole=True), "model_state_dict": model.state_dict()}
-        average = {}
-        if self.averaged is not None:
-            average = {"averaged_model_state_dict": self.averaged.module.state_dict(), "averaged_steps": self.averaged.n_averaged.item()}
+        average = {"averaged_model_state_dict": self.averaged.module.state_dict(), "averaged_steps": self.averaged.n_averaged.item()} if self.averaged is not None else {}
         if self._last_weights.are_aside(self.model):
             return state | average | {"training_model_state_dict": self._last_weights.weights, "carries_best": True}
         if average:
@@ -182,6 +180,7 @@ class _InFolder(_Outcome):
 
     def _take_folder(self):
         "Keep other runs out of the folder, and clear away what dead ones left there"
+        self._name_folders()
         if self._lock is None and (lock := FolderLock(self.checkpoint_dir)).take():
             self._lock = lock
         for folder in {self.checkpoint_dir, self.run_dir or self.checkpoint_dir}:
@@ -296,5 +295,5 @@ class ResumableState(_Cadence):
             _log.error("The weights may hold NaN, and there is nothing to go back to: %s", error)
         self._gone_back, self._images_are_bad = places, bad
         self._take_settings_of({"lr": self.changed_settings["lr"]} | settings if "lr" in self.changed_settings else settings)
-        for event in events[len(self.history.events) :]:
+        for event in [o for o in events[len(self.history.events) :] if not o["text"].startswith("lr ")]:  # The file has its own rate
             self.history.mark(event["kind"], event["epoch"], event["step"], event["text"])

@@ -32,8 +32,6 @@ from .steps import RolledBack
 from .ways import searched_kernels
 
 _log = logging.getLogger(__name__)
-
-# %% ../nbs/17_trainer.ipynb #a7266e7d
 _all_ = ["create_loss_function", "create_optimizer", "create_scheduler"]
 
 # %% ../nbs/17_trainer.ipynb #99091a7c
@@ -87,7 +85,7 @@ class _GoingBack(_Epochs):
             raise ValueError("No pixel of the training masks counts: each is ignored, or its class has the weight 0. Look at describe_masks(train_loader).")
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (now {self.learning_rate:g}) "
+                f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (it was {self.learning_rate:g}) "
                 "or set trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
             )
 
@@ -95,14 +93,13 @@ class _GoingBack(_Epochs):
         "To the newest good checkpoint, and on from there more slowly"
         if self.on_nonfinite == "raise":
             raise FloatingPointError(f"{cause} The trainer is back at its last checkpoint.")
-        self._rollbacks += 1
+        rate, total, self._rollbacks = self.learning_rate, self.total_epochs, self._rollbacks + 1
+        self._roll_back()
         if self._rollbacks > _MOST_ROLLBACKS:
             raise FloatingPointError(
-                f"{cause} The run went back {_MOST_ROLLBACKS} times and did not get past this. Look for broken images, lower the learning rate "
-                f"(now {self.learning_rate:g}) or set trainer.gradient_clip_norm = 1.0. The trainer is back at its last checkpoint."
+                f"{cause} The run went back {_MOST_ROLLBACKS} times and did not get past this, at last with a learning rate of {rate:g}. The trainer is back at its last "
+                f"checkpoint, with {self.learning_rate:g}. Look for broken images, lower the learning rate or set trainer.gradient_clip_norm = 1.0."
             )
-        rate, total = self.learning_rate, self.total_epochs
-        self._roll_back()
         self._bad_steps, self._poisoned, self.total_epochs = BadSteps(), "", total
         if 0 < min(rate, self.learning_rate) < math.inf:
             self.set("lr", min(rate, self.learning_rate) / 2)
@@ -240,17 +237,21 @@ class _Beginnings(_Life):
             if num_epochs is not None or resume is None:
                 check_setting("epochs", num_epochs)
             self._adopt_optimizer()
-            if resume is not None:
-                self._resume(resume)
-                self.total_epochs = num_epochs or self.total_epochs
-            else:
-                self.early_stopping.counter *= not self.early_stopping.should_stop
-                self.total_epochs = num_epochs + self.current_epoch
-            self._name_folders()
-            self._take_folder()
+            try:
+                if self.run_dir or self.checkpoint_dir:
+                    self._take_folder()
+                if resume is not None:
+                    self._resume(resume)
+                    self.total_epochs = num_epochs or self.total_epochs
+                else:
+                    self.early_stopping.counter *= not self.early_stopping.should_stop
+                    self.total_epochs = num_epochs + self.current_epoch
+                self._take_folder()
+            except BaseException:
+                self._leave_folder()
+                raise
             self.history.class_names = (self.preprocessing or {}).get("class_names") or self.history.class_names
             self.run = run
-            return run
 
 # %% ../nbs/17_trainer.ipynb #d0e691aa
 class UNetTrainer(_Beginnings):
@@ -297,6 +298,6 @@ class UNetTrainer(_Beginnings):
         resume: str | Path | None = None,  # `'last'` of the checkpoint folder, or a checkpoint file
     ) -> Run:  # The handle: `pause`, `resume`, `stop`, `save`, `set`, `wait`, `state`
         "Train in a background thread; the kernel stays free. An exception ends up in `run.exception` and `run.traceback`."
-        run = self._prepare(Run(history=self.history, on_state=self._on_state), num_epochs, resume)
+        self._prepare(run := Run(history=self.history, on_state=self._on_state), num_epochs, resume)
         threading.Thread(target=self._fit, args=(run, True), name="unet-train", daemon=True).start()
         return run
