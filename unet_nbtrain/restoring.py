@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .checkpoint import CheckpointError, CheckpointFolder, load_file, load_weights, misfits
-from .checks import describe_parts, given_otherwise, is_of_epoch
+from .parts import describe_parts, given_otherwise, is_of_epoch
 from .core import unwrap
 from .early_stopping import BestWeights, EarlyStopping, LastWeights
 from .epoch import EpochMeter, RunningMean, averaged_model

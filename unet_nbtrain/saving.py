@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import CheckpointError, save_file
-from .checks import describe_parts, is_of_epoch, keepable, state_of_loss
+from .parts import describe_parts, is_of_epoch, keepable, state_of_loss
 from .contents import NonFiniteError
 from .core import unwrap
 from .disk import FolderLock, sweep

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .checks import plateau_metric, schedule_misfit
+from .parts import plateau_metric, schedule_misfit
 from .control import Run, interrupt_stops
 from .core import exact_kernels, fresh_scaler, length_of, unwrap
 from .files import to_plain
