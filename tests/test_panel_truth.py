@@ -93,3 +93,79 @@ def test_the_rate_that_is_told_when_a_run_gives_up(tmp_path):
     assert run.wait(60) and run.exception is not None
     assert panel.trainer.learning_rate == 0.001 and "checkpoint, with 0.001." in str(run.exception)
     assert [event["text"] for event in panel.history.events if event["kind"] == "set"] == []
+
+
+def text_of(panel, name="message"):
+    panel._paint(True, True)
+    return panel._widgets.html[name].value
+
+
+def test_a_training_beside_is_told_and_can_be_stopped(running, tmp_path):
+    """The cell was run twice: without this the first training cannot be reached any more"""
+    second = new_panel(tmp_path / "run")
+    assert "Another training of this kernel is going on: run, " in text_of(second) and "Resume goes on" not in text_of(second)
+    primary, other = second.controls["primary"], second.controls["other"]
+    assert primary.disabled and "uses this folder" in primary.tooltip and not other.disabled and other.layout.display is None
+    assert "Another training" in text_of(new_panel(tmp_path / "elsewhere")) and "Another training" not in text_of(running)
+    other.click()
+    assert running.trainer.run.wait(60)
+    assert "Another training" not in text_of(second) and "Resume goes on from last.pth" in text_of(second)
+    assert not primary.disabled and other.disabled and other.layout.display == "none"
+
+
+def test_what_is_said_of_the_weights_in_the_model(tmp_path):
+    """Of the best ones only where they are there"""
+    model = Falling(3, 1, width=4, depth=2)
+    model.bad_validation = True
+    panel = new_panel(tmp_path / "nan", model, num_epochs=1)
+    assert panel.start().wait(60)
+    assert "There is no best epoch: the last weights are in the model." in text_of(panel)
+    panel = new_panel(tmp_path / "run", num_epochs=2, save_every_n_epochs=1)
+    assert panel.start().wait(60)
+    assert f"The best weights are in the model, those of epoch {panel.history.best['epoch']}." in text_of(panel)
+    panel.rewind("epoch_0001.pth")
+    assert "The model is as in epoch_0001.pth." in text_of(panel)
+    panel.load_best()
+    assert "The best weights are in the model." in text_of(panel)
+    with torch.no_grad():
+        next(panel.trainer.model.parameters()).zero_()
+    assert "in the model" not in text_of(panel)
+
+
+def test_a_run_that_has_done_all_its_epochs(tmp_path):
+    """Nothing is left to resume, and what is shown counts no further than it can; Train on goes on from its end"""
+    assert new_panel(tmp_path / "run", num_epochs=2).start().wait(60)
+    panel = new_panel(tmp_path / "run", num_epochs=2)
+    assert "This folder has a run of 2 epochs. All of it is done." in text_of(panel)
+    assert panel.controls["primary"].disabled and not panel.controls["more"].disabled
+    panel.num_epochs = 1
+    assert panel.start().wait(60)  # As a cell does that is run again
+    assert "2 of 2 done" in text_of(panel, "header") and "nothing is left to do, all 2 epochs done" in panel._widgets.buttons.note.value
+    panel = new_panel(tmp_path / "run", num_epochs=2)
+    panel._widgets.buttons.more.value = 1
+    panel.controls["more"].click()
+    assert panel.trainer.run.wait(60) and [row["epoch"] for row in panel.history.rows] == [1, 2, 3]
+    assert "Started" not in panel._widgets.buttons.note.value or text_of(panel) and "Started" not in panel._widgets.buttons.note.value
+
+
+def test_problems_of_an_earlier_run_are_for_the_log(tmp_path):
+    panel = new_panel(tmp_path / "run", num_epochs=1)
+    panel._watcher.on_problem(panel.trainer, "Something of before")
+    assert "Something of before" in text_of(panel)
+    assert panel.start().wait(60)
+    assert "Something of before" not in text_of(panel) and panel._watcher.problems == ["Something of before"]
+
+
+def test_a_field_follows_and_can_be_sent_again(tmp_path):
+    panel = new_panel(tmp_path / "run", num_epochs=1)
+    form, trainer = panel.form, panel.trainer
+    field = form.fields["lr"]
+    field.value = "0.002"
+    form.paint(trainer, 1)
+    panel.set("lr", 0.096)  # As another button does
+    form.paint(trainer, 1)
+    assert field.value == "0.096" and form.apply() and trainer.learning_rate == 0.096
+    field.value = "0.002"
+    assert trainer.learning_rate == 0.002
+    with pytest.raises(ValueError, match="smaller than 1000001"):
+        panel.trainer.set("epochs", 10**22)

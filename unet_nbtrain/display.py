@@ -19,18 +19,18 @@ from pathlib import Path
 from PIL import Image
 
 from .control import Command
-from .controls import Asked, Buttons, CheckpointsTab, Moment, button_faces
-from .findings import doubts, log_html, memory_text, numbers_html, problems_html
+from .controls import Asked, Buttons, CheckpointsTab, Moment, button_faces, words_on
+from .findings import doubts, log_html, memory_text, message_html, numbers_html, problems_html
 from .history import History
 from .loggers import ProgressBar
 from .pace import Pace
 from .plots import plot_history, save_png
-from .restore import checkpoint_folder, earlier_session, has_best, list_checkpoints
+from .restore import carried, checkpoint_folder, earlier_session, has_best, list_checkpoints, other_training, shares_folder, training_words
 from .predictions import PredictionsTab, SampleKeeper
 from .settings_form import SettingsForm
 from .tabs import BoxTab, CurvesTab, Tabs, TextTab, earlier_runs
 from .trial import TrialBox
-from .view import GONE, STYLE, Status, badge, data_html, header_html, message_html, progress_html, read_status, spoken, tiles_html
+from .view import GONE, STYLE, Status, badge, data_html, header_html, progress_html, read_status, spoken, tiles_html
 from .watcher import DataCheck, Farewell, Pump, Watcher
 from .widgets import HAS_WIDGETS, display, get_ipython, open_colab, widgets
 
@@ -97,11 +97,15 @@ class _Facts:
         state = "idle" if run is None else "starting" if run.state == "idle" else run.state
         best = trainer.best_weights.available or "best_model.pth" in self._files and has_best(trainer)
         found = earlier_session(trainer) if self._files else ""
-        return Moment(state, trainer.global_step > 0, found, trainer.early_stopping.should_stop, best, len(self._files))
+        other = other_training(trainer) if run is None or run.ended else None
+        beside = (training_words(other), shares_folder(trainer, other)) if other else ("", False)
+        done = self._record(found).rows[-1:] if found else []
+        left = not done or done[0]["epoch"] < self.num_epochs
+        return Moment(state, trainer.global_step > 0, found, trainer.early_stopping.should_stop, best, len(self._files), *beside, 0 if left else done[0]["epoch"])
 
-    def _record(self, moment):
+    def _record(self, found):
         "The history to show: the trainer's, or what an earlier session has left"
-        if not moment.found or not self.trainer.run_dir:
+        if not found or not self.trainer.run_dir:
             return self.trainer.history
         path = Path(self.trainer.run_dir) / "history.json"
         try:
@@ -173,18 +177,14 @@ class _Messages(_Tabbed):
 
     def _messages(self, status, moment):
         "What went wrong, what is doubtful, how it ended, what was found"
-        run, told = self.trainer.run, list(self._watcher.problems)
+        run, told = self.trainer.run, self._watcher.present
         failure = run.exception if run is not None and status.state == "failed" else None
         if self._check.wait(0) and self._check.error is not None:
             told.append(f"The masks cannot be right: {self._check.error}")
         elif self._trial.error is not None and run is None:
             told.append(f"The trial with one batch failed: {self._trial.error}")
-        found = ""
-        if moment.found:
-            size = f" of {len(status.rows)} epochs" if status.rows else ""
-            found = f"This folder has a run{size}. Resume goes on from {moment.found}; for a new run, choose another run_dir."
-            found = f'<div class="unt-message unt-quiet">{html.escape(found)}</div>'
-        return self._farewell.html + problems_html(failure, run.traceback if failure else "", told, doubts(status.rows)) + message_html(status) + found
+        wrong = problems_html(failure, run.traceback if failure else "", told, doubts(status.rows))
+        return self._farewell.html + wrong + message_html(status, words_on(moment, len(status.rows)))
 
 # %% ../nbs/17_display.ipynb #8eabb0c7
 class _Headed(_Messages):
@@ -209,8 +209,8 @@ class _Painting(_Headed):
         ended = run is not None and run.ended and self._drawn_run is not run
         moment = self._moment(anew=ended)
         status = read_status(self.trainer, self.num_epochs, self._watcher.begun_at, "start" in self._asked.pending())
-        html_of, record = self._widgets.html, self._record(moment)
-        status.rows = record.rows
+        html_of, record = self._widgets.html, self._record(moment.found)
+        status.rows, status.carried = record.rows, carried(self.trainer) if status.state == "finished" else ""
         self._shown, self._with_picture = (status, record, moment), with_picture or ended
         self._paint_head(status, everything or ended or not with_picture)
         html_of["tiles"].value = tiles_html(status)
@@ -294,7 +294,7 @@ class _Painter:
         self._panel._paint_safely(with_picture)
 
     def alive(self):
-        return "start" in self._panel._asked.pending() or getattr(self._panel.trainer.run, "state", "") in ("running", "paused", "stopping")
+        return self._panel._shown[2].other != "" or other_training(self._panel.trainer) is not None or "start" in self._panel._asked.pending() or getattr(self._panel.trainer.run, "state", "") in ("running", "paused", "stopping")
 
     def busy(self):
         return getattr(self._panel.trainer.run, "state", "") == "running"

@@ -19,7 +19,7 @@ from .controls import FirstBatch
 from .display import Display
 from .history import History
 from .report import ReportParts, report_of_trainer
-from .restore import best_model, earlier_session, load_best, rewind
+from .restore import best_model, earlier_session, load_best, other_training, rewind
 from .predictions import samples_html
 from .settings import SETTINGS, check_setting
 from .trainer import UNetTrainer
@@ -74,6 +74,7 @@ class _Starting(Display):
             command = self._first.command or self._asked.add(Command("start"))
             self._first.command = command
         self.trainer.observers.add(self._first)
+        self._watcher.forget()
         self._watcher.ring()
         try:
             return start()
@@ -105,6 +106,8 @@ class _More(_Starting):
 
     def _start_more(self, epochs):
         with self._lock:
+            if done := self._shown[2].done:  # By an earlier session
+                return self.trainer.start(done + epochs, resume="last")
             return self.trainer.start(epochs)
 
 # %% ../nbs/18_panel.ipynb #40b65f72
@@ -112,7 +115,7 @@ class _Commands(_More):
     "The steering side: what the buttons do, callable from cells too"
 
     def pause(self) -> Command:
-        "Wait after the present batch."
+        "Wait after the present step."
         return self._command("pause")
 
     def resume(self) -> Command:
@@ -120,11 +123,11 @@ class _Commands(_More):
         return self._command("resume")
 
     def stop(self) -> Command:
-        "End after the present batch; the best weights go into the model."
+        "End after the present step; the best weights go into the model."
         return self._command("stop")
 
     def save(self) -> Command:
-        "Write a checkpoint after the present batch."
+        "Write a checkpoint after the present step."
         return self._command("save")
 
     def _command(self, name, *args):
@@ -186,11 +189,17 @@ class _Changes(_Commands):
 class _Pressed(_Changes):
     "The buttons"
 
+    def _stop_other(self):
+        "End the training of this kernel that another panel began"
+        if (other := other_training(self.trainer)) is not None:
+            self._asked.add(other.run.stop())
+            self._watcher.ring()
+
     def _press(self, name):
         "What a button does; an error becomes a line in the panel"
         state = self.trainer.run.state if self.trainer.run is not None else "idle"
         primary = {"running": self.pause, "paused": self.resume, "stopping": self.stop}.get(state, self.start)
-        acts = {"primary": primary, "stop": self.stop, "save": self.save, "best": self.load_best, "rewind": self.rewind}
+        acts = {"primary": primary, "stop": self.stop, "save": self.save, "best": self.load_best, "rewind": self.rewind, "other": self._stop_other}
         try:
             acts.get(name, lambda: self.train_more(self._widgets.buttons.more.value))()
         except Exception as error:
@@ -232,7 +241,7 @@ class _Results(_Pressed):
 class TrainerPanel(_Results):
     """The cockpit: start, pause, resume, stop and watch a training from the notebook, while the kernel stays free.
 
-    `controls` holds the buttons by name: `'primary'` (Start, Pause, Resume, Continue), `'stop'`, `'save'`, `'best'`, `'more'`, `'rewind'`;
+    `controls` holds the buttons by name: `'primary'` (Start, Pause, Resume, Continue), `'stop'`, `'save'`, `'best'`, `'more'`, `'rewind'`, `'other'`;
     `form.fields` the live settings, `add_tab` adds a tab of yours.
     Raises `ValueError` for loaders that are not a pair or a mapping, or when both or neither of model and trainer are given.
     """

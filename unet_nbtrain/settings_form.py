@@ -119,8 +119,9 @@ def fixed_html(
 class _Line:
     "One field of the form, and what was answered"
 
-    def __init__(self, name, value, put):
-        self.name, self._put, self._error, self._command, self._sent = name, put, "", None, value
+    def __init__(self, name, present, put):
+        self.name, self._put, self._present, self._error, self._command = name, put, present, "", None
+        self._own = self._sent = value = setting_text(present())  # What the panel has written there, and what was sent last
         label, hint = FIELDS[name]
         self.field = free_clicks(widgets.Text(value, description=label, continuous_update=False, placeholder="off", layout=widgets.Layout(width="270px")))
         self.field.style.description_width = "145px"
@@ -142,19 +143,30 @@ class _Line:
         return (value,)
 
     def apply(self):
-        "Send what is new and right"
-        found = self.check()
-        if found and self.field.value != self._sent:
-            self._sent, self._command = self.field.value, self._put(self.name, *found)
+        "Send what somebody has typed, if it is right, not the present value, and not on its way already"
+        found, text = self.check(), self.field.value
+        waits = self._command is not None and not self._command.done and text == self._sent
+        if found and text != self._own and not waits and setting_text(*found) != setting_text(self._present()):
+            self._sent, self._command = text, self._put(self.name, *found)
 
-    def paint(self, now):
-        command, text = self._command, setting_text(now)
+    def follow(self, text):
+        "A field that nobody is typing in shows the present value"
+        if self.field.value == self._own != text:
+            self._own = text
+            self.field.value = text
+
+    def paint(self, moving):
+        text, command = setting_text(self._present()), self._command
+        if command is not None and command.ok and self.field.value == self._sent:
+            self._own = self._sent
+        if not moving:
+            self.follow(text)
         differs = "" if self._error or setting_text(read_setting(self.name, self.field.value)) == text else f"now {text}"
         said, kind = differs, "unt-soft"
         if self._error:
             said, kind = self._error, "unt-wrong"
         elif command is not None and not command.done:
-            said, kind = "heard; takes effect after the present batch", "unt-waits"
+            said, kind = "heard; takes effect after the present step", "unt-waits"
         elif command is not None and not command.ok:
             said, kind = command.message, "unt-wrong"
         elif command is not None:
@@ -174,7 +186,8 @@ class SettingsForm:
         put: Callable[[str, object], Command],  # Takes name and value, gives the receipt
         planned: int = 20,  # Epochs that Start would train
     ):
-        self._lines = {name: _Line(name, setting_text(present_value(trainer, name, planned)), put) for name in FIELDS}
+        self._planned = planned
+        self._lines = {name: _Line(name, lambda name=name: present_value(trainer, name, self._planned), put) for name in FIELDS}
         self.fields = {name: line.field for name, line in self._lines.items()}
         self.button = free_clicks(widgets.Button(description="Apply", icon="check", tooltip="Send all changed fields, if all of them are right"))
         self.button.add_class("unt-apply")
@@ -197,6 +210,8 @@ class SettingsForm:
         planned: int = 20,  # Epochs that Start would train
     ) -> None:
         "Show answers and present values."
+        self._planned = planned
+        busy = trainer.run is not None and not trainer.run.ended
         for name, line in self._lines.items():
-            line.paint(present_value(trainer, name, planned))
+            line.paint(moving=name == "lr" and busy and trainer.scheduler is not None)  # Nobody could type there
         self._fixed.value = fixed_html(fixed_settings(trainer))

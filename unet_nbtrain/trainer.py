@@ -251,7 +251,7 @@ class _Beginnings(_Life):
                 self._leave_folder()
                 raise
             self.history.class_names = (self.preprocessing or {}).get("class_names") or self.history.class_names
-            self.run = run
+            self.run, run.trainer = run, self
 
 # %% ../nbs/17_trainer.ipynb #d0e691aa
 class UNetTrainer(_Beginnings):

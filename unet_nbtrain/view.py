@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'GONE', 'Status', 'time_left', 'time_at_pace', 'read_status', 'badge', 'header_html', 'progress_html',
-           'tiles_html', 'data_html', 'message_html', 'spoken']
+           'tiles_html', 'data_html', 'spoken']
 
 # %% ../nbs/16_view.ipynb #543b2bf3
 import html
@@ -26,6 +26,7 @@ class Status:
     title: str = ""  # The run's name
     details: str = ""  # Model, device, precision, batch size
     reason: str = ""  # Why the run ended
+    carried: str = ""  # Which weights the model carries then, as a sentence
     requests: tuple = ()  # Commands that wait for the next step
     epoch: int = 0  # Finished epochs
     total: int = 0  # Epochs planned
@@ -69,7 +70,7 @@ def read_status(
 ) -> Status:
     "The trainer's numbers at this moment."
     run, patience = trainer.run, trainer.early_stopping.patience
-    total = trainer.total_epochs if run is not None else num_epochs
+    total = max(trainer.total_epochs if run is not None else num_epochs, trainer.current_epoch)
     left = patience - trainer.early_stopping.counter
     status = Status(
         state="idle" if run is None else "starting" if run.state == "idle" else run.state,
@@ -107,7 +108,7 @@ def _details(trainer):
 
 def _count(parameters):
     "A number of parameters as people say it: `17.3 M`"
-    return f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.1f} k"
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.1f} k" if parameters >= 1000 else str(parameters)
 
 # %% ../nbs/16_view.ipynb #956a4a65
 _BADGES = {
@@ -219,15 +220,6 @@ def data_html(
     return f'<div class="unt-data"><b>{counts} masks{note}</b><div tabindex="0" role="region" aria-label="Report of the masks">{"".join(parts)}</div></div>'
 
 # %% ../nbs/16_view.ipynb #913a7519
-def message_html(
-    status: Status,  # The moment
-) -> str:
-    "The line at the bottom when a run has ended: why, and what the model carries now. What went wrong is told by `findings`."
-    if status.state == "finished":
-        return f'<div class="unt-message">Ended: {html.escape(status.reason.rstrip("."))}. The best weights are in the model.</div>'
-    return ""
-
-
 def spoken(
     status: Status,  # The moment
 ) -> str:

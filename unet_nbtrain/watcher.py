@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -76,17 +76,26 @@ class Watcher:
         on_end: Callable[[object], None] | None = None,  # Called with the trainer at the end of each run
     ):
         self.trace, self.problems, self.begun_at = BatchTrace(), [], 0.0
-        self.bell, self.urgent, self.new_state = threading.Event(), threading.Event(), False
-        self._on_end, self._last_epoch = on_end, -math.inf
+        self.bell, self.urgent, self.new_state, self.new_rows = threading.Event(), threading.Event(), False, False
+        self._on_end, self._last_epoch, self._old, self._at_end = on_end, -math.inf, 0, 0
 
     def ring(self) -> None:
         "Something happened that a person waits for."
         self.urgent.set()
         self.bell.set()
 
+    @property
+    def present(self) -> list[str]:
+        "The problems of this run, and those since the last one."
+        return self.problems[self._old :]
+
+    def forget(self) -> None:
+        "Something new begins: the problems so far are old ones."
+        self._old = self._at_end = len(self.problems)
+
     def on_run_start(self, trainer):
-        "Remember where this run began."
-        self.begun_at = trainer.progress
+        "Remember where this run began; what was told since the last one ended is of this one's beginning."
+        self.begun_at, self._old = trainer.progress, self._at_end
         self.ring()
 
     def on_batch_end(self, trainer, loss):
@@ -96,7 +105,7 @@ class Watcher:
 
     def on_epoch_end(self, trainer, row):
         "There are new numbers; where epochs are short, nobody waits for those of each."
-        now = time.monotonic()
+        now, self.new_rows = time.monotonic(), True
         (self.ring if now - self._last_epoch > 1 else self.bell.set)()
         self._last_epoch = now
 
@@ -112,6 +121,7 @@ class Watcher:
 
     def on_run_end(self, trainer, reason):
         "Do what was ordered for the end, and say so."
+        self._at_end = len(self.problems)
         if self._on_end is not None:
             self._on_end(trainer)
         self.ring()
@@ -138,7 +148,7 @@ class Pump:
     a training goes on, even a paused one; `painter.busy()` whether it computes just now.
     """
 
-    TEXT_EVERY, SIGN_OF_LIFE = 0.5, 1.0  # Seconds
+    TEXT_EVERY, SIGN_OF_LIFE, LATEST = 0.5, 1.0, 5.0  # Seconds; the last: until numbers are in the picture, whatever that costs
 
     def __init__(
         self,
@@ -146,7 +156,7 @@ class Pump:
         watcher: Watcher,  # Rings when there is something new
     ):
         self.painter, self.watcher, self.closed = painter, watcher, False
-        self.pictures = Pace(share=0.005, shortest=0.5, longest=30.0, clock=time.thread_time)
+        self.pictures, self._warm, self._drawn_at = Pace(share=0.005, shortest=0.5, longest=30.0, clock=time.thread_time), False, -math.inf
         self.thread = threading.Thread(target=self._run, name="unet-panel", daemon=True)
 
     def start(self) -> None:
@@ -172,14 +182,26 @@ class Pump:
             self.watcher.urgent.wait(self.TEXT_EVERY)
 
     def _paint(self, urgent, new_state):
-        with_picture = self.pictures.due or (urgent and not self.painter.busy())
-        with self.pictures.measured() if with_picture else nullcontext():
+        late = self.watcher.new_rows and time.monotonic() > self._drawn_at + self.LATEST
+        with_picture = self.pictures.due or late or (urgent and not self.painter.busy())
+        with self._counted() if with_picture else nullcontext():
             try:
                 if with_picture and new_state:
                     self.painter(False)
                 self.painter(with_picture)
             except Exception:
                 _log.exception("The panel could not be drawn; training is not affected.")
+
+    @contextmanager
+    def _counted(self):
+        "A picture; the first one with numbers in it loads what all others use, so its cost says nothing"
+        numbers, self.watcher.new_rows = self.watcher.new_rows, False
+        with self.pictures.measured():
+            yield
+        self._drawn_at = time.monotonic()
+        if numbers and not self._warm:
+            self._warm = True
+            self.pictures.postpone(self.pictures.shortest)
 
 # %% ../nbs/16_watcher.ipynb #ba389a61
 _open = weakref.WeakSet()
