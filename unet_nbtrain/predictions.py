@@ -165,7 +165,8 @@ class SampleKeeper(_Film):
         labels = labels_of(small, trainer.threshold).cpu().numpy()
         if not self.images or self.images[0].shape[:2] != labels[0].shape:
             self.images, self.frames = [to_rgb(image) for image in images], ()
-            self.masks = list(masks.reshape(labels.shape).cpu().numpy().astype(np.int32))
+            values = masks.reshape(labels.shape).cpu().numpy()
+            self.masks = list(values.astype(np.int32 if np.abs(values).max(initial=0) > 32767 else np.int16))
         self._put(Frame(epoch, labels, tuple(macro_mean(dice_score(*counts.unbind(-1))).tolist()), self._worst_of(trainer)))
 
     def _worst_of(self, trainer):

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from .checkpoint import CheckpointError, CheckpointFolder, load_file, load_weights, misfits
-from .parts import describe_parts, given_otherwise, is_of_epoch
 from .core import unwrap
 from .early_stopping import BestWeights, EarlyStopping, LastWeights
 from .epoch import EpochMeter, RunningMean, averaged_model
 from .guard import BadSteps
+from .parts import describe_parts, given_otherwise, is_of_epoch
 from .settings import SETTINGS, check_setting
 from .text import text_table
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from .checkpoint import CheckpointError, save_file
-from .parts import describe_parts, is_of_epoch, keepable, state_of_loss
 from .contents import NonFiniteError
 from .core import unwrap
 from .disk import FolderLock, sweep
+from .parts import describe_parts, is_of_epoch, keepable, state_of_loss
 from .records import without_copies
 from .restoring import Resuming
 from .state import TrainerState

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from .parts import plateau_metric, schedule_misfit
 from .control import Run, interrupt_stops
-from .core import exact_kernels, fresh_scaler, length_of, unwrap
+from .core import exact_kernels, fresh_scaler, length_of, on_card, unwrap
 from .files import to_plain
 from .gate import Stopped
 from .guard import BadSteps, is_out_of_memory
 from .history import History
 from .losses import create_loss_function
 from .optimizers import create_optimizer
+from .parts import plateau_metric, schedule_misfit
 from .passes import Passes
 from .process import kept_memory, quick_handover
 from .schedulers import create_scheduler, step_scheduler
@@ -79,15 +79,6 @@ class _Epochs(Passes):
 # %% ../nbs/17_trainer.ipynb #7aad463d
 class _GoingBack(_Epochs):
     "What becomes of a run whose numbers are bad"
-
-    def _require_finite(self, loss):
-        if math.isnan(loss) and self._train_meter.loss.weight == 0:
-            raise ValueError("No pixel of the training masks counts: each is ignored, or its class has the weight 0. Look at describe_masks(train_loader).")
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (it was {self.learning_rate:g}) "
-                "or set trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
-            )
 
     def _go_back(self, cause):
         "To the newest good checkpoint, and on from there more slowly"
@@ -184,7 +175,7 @@ class _Life(_Endings):
         reason, error = "stopped by a command", None
         try:
             kernels, alone = searched_kernels(self.train_loader, not self.deterministic), self.device.type == "cpu" and not aside
-            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic), kernels, quick_handover(aside), kept_memory(alone):
+            with torch.inference_mode(False), torch.enable_grad(), exact_kernels(self.deterministic), kernels, quick_handover(aside), kept_memory(alone), on_card(self.device):
                 self._begin(run)
                 reason = self._run_epochs()
         except Stopped:
@@ -275,7 +266,7 @@ class UNetTrainer(_Beginnings):
         if on_interrupt not in ("return", "raise"):
             raise ValueError(f"on_interrupt={on_interrupt!r}: use 'return' or 'raise'.")
         run = Run(history=self.history, on_state=self._on_state)
-        with interrupt_stops(run) as interrupts:
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), interrupt_stops(run) as interrupts:
             self._prepare(run, num_epochs, resume)
             self._fit(run)
         if run.exception is not None:
