@@ -149,18 +149,12 @@ class _Line:
         if found and text != self._own and not waits and setting_text(*found) != setting_text(self._present()):
             self._sent, self._command = text, self._put(self.name, *found)
 
-    def follow(self, text):
-        "A field that nobody is typing in shows the present value"
-        if self.field.value == self._own != text:
-            self._own = text
-            self.field.value = text
-
     def paint(self, moving):
         text, command = setting_text(self._present()), self._command
         if command is not None and command.ok and self.field.value == self._sent:
             self._own = self._sent
-        if not moving:
-            self.follow(text)
+        if not moving and self.field.value == self._own != text:
+            self._own = self.field.value = text
         differs = "" if self._error or setting_text(read_setting(self.name, self.field.value)) == text else f"now {text}"
         said, kind = differs, "unt-soft"
         if self._error:

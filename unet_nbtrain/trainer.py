@@ -32,9 +32,9 @@ from .steps import RolledBack
 from .ways import searched_kernels
 
 _log = logging.getLogger(__name__)
-_all_ = ["create_loss_function", "create_optimizer", "create_scheduler"]
 
 # %% ../nbs/17_trainer.ipynb #99091a7c
+_all_ = ["create_loss_function", "create_optimizer", "create_scheduler"]
 _MOST_ROLLBACKS = 5  # In one run
 _DOOR = threading.Lock()  # Two threads may want to start one trainer
 

@@ -141,14 +141,28 @@ def _give_thread_a_parent(shell):
         publisher._parent_header.set({})
 
 # %% ../nbs/16_watcher.ipynb #25021a0f
-class Pump:
+class _Pictures:
+    "What pictures cost"
+
+    @contextmanager
+    def _counted(self):
+        "A picture; the first one with numbers in it loads what all others use, so its cost says nothing"
+        numbers, self.watcher.new_rows = self.watcher.new_rows, False
+        with self.pictures.measured(), self.late.measured():
+            yield
+        if numbers and not self._warm:
+            self._warm = True
+            self.pictures.postpone(self.pictures.shortest)
+
+# %% ../nbs/16_watcher.ipynb #f70045ce
+class Pump(_Pictures):
     """The thread that keeps a display up to date, and the only one that paints.
 
     `painter(with_picture)` brings text, and if asked the picture, up to the present moment. `painter.alive()` says whether
     a training goes on, even a paused one; `painter.busy()` whether it computes just now.
     """
 
-    TEXT_EVERY, SIGN_OF_LIFE, LATEST = 0.5, 1.0, 5.0  # Seconds; the last: until numbers are in the picture, whatever that costs
+    TEXT_EVERY, SIGN_OF_LIFE = 0.5, 1.0  # Seconds
 
     def __init__(
         self,
@@ -156,7 +170,8 @@ class Pump:
         watcher: Watcher,  # Rings when there is something new
     ):
         self.painter, self.watcher, self.closed = painter, watcher, False
-        self.pictures, self._warm, self._drawn_at = Pace(share=0.005, shortest=0.5, longest=30.0, clock=time.thread_time), False, -math.inf
+        self.pictures = Pace(share=0.005, shortest=0.5, longest=30.0, clock=time.thread_time)
+        self.late, self._warm = Pace(share=0.02, shortest=5.0, longest=30.0, clock=time.thread_time), False
         self.thread = threading.Thread(target=self._run, name="unet-panel", daemon=True)
 
     def start(self) -> None:
@@ -182,8 +197,7 @@ class Pump:
             self.watcher.urgent.wait(self.TEXT_EVERY)
 
     def _paint(self, urgent, new_state):
-        late = self.watcher.new_rows and time.monotonic() > self._drawn_at + self.LATEST
-        with_picture = self.pictures.due or late or (urgent and not self.painter.busy())
+        with_picture = self.pictures.due or (self.watcher.new_rows and self.late.due) or (urgent and not self.painter.busy())
         with self._counted() if with_picture else nullcontext():
             try:
                 if with_picture and new_state:
@@ -191,17 +205,6 @@ class Pump:
                 self.painter(with_picture)
             except Exception:
                 _log.exception("The panel could not be drawn; training is not affected.")
-
-    @contextmanager
-    def _counted(self):
-        "A picture; the first one with numbers in it loads what all others use, so its cost says nothing"
-        numbers, self.watcher.new_rows = self.watcher.new_rows, False
-        with self.pictures.measured():
-            yield
-        self._drawn_at = time.monotonic()
-        if numbers and not self._warm:
-            self._warm = True
-            self.pictures.postpone(self.pictures.shortest)
 
 # %% ../nbs/16_watcher.ipynb #ba389a61
 _open = weakref.WeakSet()
