@@ -7,6 +7,7 @@ __all__ = ['Stopped', 'Gate']
 
 # %% ../nbs/15_gate.ipynb #28accfa6
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -65,8 +66,26 @@ class _Sources(TrainerState):
         while self._feeds:
             self._feeds.popitem()[1].close()
 
+# %% ../nbs/15_gate.ipynb #e8650846
+class _Undisturbed(_Sources):
+    "What other cells may do to the model, and may not"
+
+    def _take_up_again(self):
+        "A pause may have been used for a look at the model by hand, which leaves it in another mode and with gradients"
+        self.model.train(self.phase == "train")
+        self.model.zero_grad(set_to_none=True)
+
+    def _require_own_thread(self):
+        if self.run is not None and not self.run.ended and self._thread not in (None, threading.get_ident()):
+            raise RuntimeError("A training is at work in another thread, and a pass from here would take it out of its place in the data. Use evaluate(trainer.model, loader).")
+
+    def _keep_mode(self, training):
+        "Another cell may have said `model.eval()` meanwhile"
+        if self.model.training is not training:
+            self.model.train(training)
+
 # %% ../nbs/15_gate.ipynb #1425ed37
-class _Obeying(_Sources):
+class _Obeying(_Undisturbed):
     "Commands, bad steps and due files, between two steps"
 
     def _obey_in_a_wait(self):
@@ -88,11 +107,6 @@ class _Obeying(_Sources):
             self._take_up_again()
         if not self.nonfinite_in_a_row:
             self._save_if_due()
-
-    def _take_up_again(self):
-        "A pause may have been used for a look at the model by hand, which leaves it in another mode and with gradients"
-        self.model.train(self.phase == "train")
-        self.model.zero_grad(set_to_none=True)
 
 # %% ../nbs/15_gate.ipynb #56ce984f
 class _ByTheHost:

@@ -91,8 +91,8 @@ class _Thrifty(_Layout):
         self._recomputing = False
 
 # %% ../nbs/15_modes.ipynb #55c5d8b1
-class _Candidates(_Thrifty):
-    "The quick ways that there may be, and what becomes of one that fails"
+class _Graphs(_Thrifty):
+    "Whether a step can be captured"
 
     compile, cuda_graph = LiveSetting("off"), LiveSetting(False)
     _ways, _failed, _silent = None, frozenset(), ""
@@ -110,6 +110,10 @@ class _Candidates(_Thrifty):
         if self._recomputing and (self.compile == "off" or "compiled" in self._failed):
             return f"does nothing with checkpoint={self.checkpoint!r}: what is computed again cannot be captured. With compile='default' it can."
         return ""
+
+# %% ../nbs/15_modes.ipynb #fa6e32b4
+class _Candidates(_Graphs):
+    "The quick ways that there may be, and what becomes of one that fails"
 
     def _kinds(self):
         "The ways that may be tried here, the best first"
@@ -142,34 +146,8 @@ class _Candidates(_Thrifty):
         self._report(f"{name} did not work here ({why}). The run goes on {rest}.{after}", False)
 
 # %% ../nbs/15_modes.ipynb #257e34ce
-class _Quick(_Candidates):
-    "The quickest way to compute a batch"
-
-    @property
-    def _parts_now(self):
-        "In how many parts a batch goes through: what training cannot hold, validation is not asked to hold either"
-        return self.parts_per_batch if self.phase == "train" else max(self.parts_per_batch, self.val_parts_per_batch)
-
-    def _quick(self, images, masks, threshold):
-        "Loss, logits and counts of a batch by the quickest way there is; `None` where it is to be computed plainly"
-        loader = self.train_loader if self.phase == "train" else self.val_loader
-        if full_size(loader, self._parts_now) not in (None, len(images)):
-            return None
-        key, looks = (id(self.model), torch.is_grad_enabled()), (images.shape, images.dtype, masks.shape, masks.dtype)
-        known, rules, way = self._ways.get(key, (None, None, None))
-        if rules != (threshold, self._kinds()) or len(images) > known[0][0]:
-            known, way = looks, self._new_way(key, images, masks, threshold)
-            self._ways[key] = known, (threshold, self._kinds()), way
-        return way(images, masks) if way is not None and looks == known else None
-
-    def _new_way(self, key, images, masks, threshold):
-        "A way in place of an older one, whose memory is free before"
-        self._ways.pop(key, None)
-        if (text := self._without_effect()) != self._silent:
-            self._silent = text
-            if text:
-                self._report(text, False)
-        return self._best_way(images, masks, threshold)
+class _Rehearsing(_Candidates):
+    "Candidates, tried out"
 
     def _best_way(self, images, masks, threshold):
         "The first way that works and agrees with the plain one, or `None`"
@@ -200,6 +178,36 @@ class _Quick(_Candidates):
         limits = _EXACT if self.amp_dtype is None else _ROUNDED
         wrong = " and ".join(f"its {name} differs by {d:.1%}" for name, d, limit in zip(("loss", "gradient"), by, limits) if not d <= limit)
         return way, wrong or ("nothing was compiled" if kind == "compiled" and graphs_so_far() == graphs else "")
+
+# %% ../nbs/15_modes.ipynb #03bbb09f
+class _Quick(_Rehearsing):
+    "The quickest way to compute a batch"
+
+    @property
+    def _parts_now(self):
+        "In how many parts a batch goes through: what training cannot hold, validation is not asked to hold either"
+        return self.parts_per_batch if self.phase == "train" else max(self.parts_per_batch, self.val_parts_per_batch)
+
+    def _quick(self, images, masks, threshold):
+        "Loss, logits and counts of a batch by the quickest way there is; `None` where it is to be computed plainly"
+        loader = self.train_loader if self.phase == "train" else self.val_loader
+        if full_size(loader, self._parts_now) not in (None, len(images)):
+            return None
+        key, looks = (id(self.model), torch.is_grad_enabled()), (images.shape, images.dtype, masks.shape, masks.dtype)
+        known, rules, way = self._ways.get(key, (None, None, None))
+        if rules != (threshold, self._kinds()) or len(images) > known[0][0]:
+            known, way = looks, self._new_way(key, images, masks, threshold)
+            self._ways[key] = known, (threshold, self._kinds()), way
+        return way(images, masks) if way is not None and looks == known else None
+
+    def _new_way(self, key, images, masks, threshold):
+        "A way in place of an older one, whose memory is free before"
+        self._ways.pop(key, None)
+        if (text := self._without_effect()) != self._silent:
+            self._silent = text
+            if text:
+                self._report(text, False)
+        return self._best_way(images, masks, threshold)
 
 # %% ../nbs/15_modes.ipynb #dbbdab78
 class Modes(_Quick):

@@ -8,7 +8,6 @@ __all__ = ['Passes']
 # %% ../nbs/16_passes.ipynb #fe0d01d0
 import gc
 import math
-import threading
 from contextlib import nullcontext
 
 import torch
@@ -30,15 +29,6 @@ def _counted(loss, weight):
 
 class _Forward(Modes, ResumableState, Gate, Steps):
     "One batch through the model"
-
-    def _require_own_thread(self):
-        if self.run is not None and not self.run.ended and self._thread not in (None, threading.get_ident()):
-            raise RuntimeError("A training is at work in another thread, and a pass from here would take it out of its place in the data. Use evaluate(trainer.model, loader).")
-
-    def _keep_mode(self, training):
-        "Another cell may have said `model.eval()` meanwhile"
-        if self.model.training is not training:
-            self.model.train(training)
 
     def _autocast(self):
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype else nullcontext()
@@ -109,13 +99,10 @@ class _Fitting(_Forward):
         if self._ways:  # A captured graph keeps all the memory of a batch of the old size, in cycles
             self._ways.clear()
             gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
-            give_back()
-        parts, training = 2 * self._parts_now, self.phase == "train"
+        empty = torch.cuda.empty_cache if self.device.type == "cuda" else give_back
+        empty()
+        parts, (where, what, then) = 2 * self._parts_now, _SPLIT[training := self.phase == "train"]
         setattr(self, "parts_per_batch" if training else "val_parts_per_batch", parts)
-        where, what, then = _SPLIT[training]
         self._report(
             f"The memory was full with {self._batch_images} images in batch {self.batch + 1} of {where} epoch {self.current_epoch + 1}. From here on {what} "
             f"goes through in {parts} parts of up to {-(-self._batch_images // parts)}: {then} "

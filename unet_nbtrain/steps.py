@@ -113,10 +113,24 @@ class RolledBack(Exception):
     "The weights cannot be trusted: go back to the last good checkpoint; its text says why."
 
 
+class _Refusing(_Stepping):
+    "What no run goes on with"
+
+    def _require_finite(self, loss):
+        "Refuse the training loss of an epoch that is no number"
+        if math.isnan(loss) and self._train_meter.loss.weight == 0:
+            raise ValueError("No pixel of the training masks counts: each is ignored, or its class has the weight 0. Look at describe_masks(train_loader).")
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (it was {self.learning_rate:g}) "
+                "or set trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
+            )
+
+# %% ../nbs/15_steps.ipynb #26cd6b8f
 _NAMED = 5  # Bad steps of an epoch that are told one by one
 
 
-class Steps(_Stepping):
+class Steps(_Refusing):
     "A trainer that can turn gradients into new weights: all of it between the backward pass and the step boundary."
 
     def _look_at_bad_steps(self, wait=True):
@@ -149,16 +163,6 @@ class Steps(_Stepping):
         if self._skipped > _NAMED:
             self._report(f"{self._skipped} steps of epoch {self.current_epoch + 1} were skipped, since their loss or gradient was NaN or infinite.")
         return {"skipped_steps": self._skipped} if self._skipped else {}
-
-    def _require_finite(self, loss):
-        "Refuse the training loss of an epoch that is no number"
-        if math.isnan(loss) and self._train_meter.loss.weight == 0:
-            raise ValueError("No pixel of the training masks counts: each is ignored, or its class has the weight 0. Look at describe_masks(train_loader).")
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The training loss of epoch {self.current_epoch + 1} is {loss}. Lower the learning rate (it was {self.learning_rate:g}) "
-                "or set trainer.gradient_clip_norm = 1.0, and look for broken images. The trainer is back at its last checkpoint."
-            )
 
     def _samples_of(self, epoch, batch):
         "The names of the images of a training batch, where somebody knows them"

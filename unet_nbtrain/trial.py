@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from .core import dataset_attribute, derive_seed, fresh_scaler, length_of, move, on_card, split_batch
+from .core import dataset_attribute, fresh_scaler, length_of, move, on_card, split_batch
 from .epoch import check_batch
 from .samples import Randomness
-from .sampling import ResumableBatchSampler
+from .sampling import ResumableBatchSampler, unless_seeded
 from .text import format_duration, format_rate, short_number
 from .widgets import free_clicks, widgets
 
@@ -59,21 +59,16 @@ def some_batches(
 
 # %% ../nbs/16_trial.ipynb #30884887
 @contextmanager
+def _kept(device):
+    with on_card(device), Randomness().kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
 def no_trace(
     device: torch.device,  # Whose random state is kept, beside the processor's
-) -> Iterator[None]:
+) -> AbstractContextManager:
     "Put all random states back at the end, unless somebody has seeded PyTorch meanwhile; a card is the current one while this lasts."
-    mark, theirs = derive_seed("trial", torch.initial_seed()), None
-    try:
-        with on_card(device), Randomness().kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.default_generator.manual_seed(mark)
-            try:
-                yield
-            finally:
-                theirs = torch.get_rng_state() if torch.initial_seed() != mark else None
-    finally:
-        if theirs is not None:
-            torch.set_rng_state(theirs)
+    return unless_seeded(_kept(device))
 
 
 class Twin:
