@@ -430,7 +430,7 @@ def test_names_and_their_classes():
         (lambda: create_loss_function(4, name="ce_dise"), "did you mean 'ce_dice'"),
         (lambda: create_loss_function(4, name="focl"), "did you mean 'focal'"),
         (lambda: create_loss_function(4, name=None), "unknown loss None"),
-        (lambda: create_loss_function(1, ignore_index=1.5), "ignore_index are whole numbers.* got 1 and 1.5"),
+        (lambda: create_loss_function(3, ignore_index=1.5), "ignore_index are whole numbers.* got 3 and 1.5"),
         (lambda: create_loss_function(1, ignore_index=[255]), r"ignore_index are whole numbers.* got 1 and \[255\]"),
         (lambda: create_loss_function("1"), "n_classes and ignore_index are whole numbers.* got '1' and None"),
         (lambda: create_loss_function(None), "n_classes and ignore_index are whole numbers"),

@@ -275,7 +275,7 @@ def create_loss_function(
     For n_classes=1 masks hold zeros and ones and may be (N, 1, H, W). Raises ValueError for an unknown name or
     option, a name that does not fit n_classes, values of the wrong kind, and weights of the wrong length.
     """
-    if not hasattr(n_classes, "__index__") or not (ignore_index is None or hasattr(ignore_index, "__index__")):
+    if not hasattr(n_classes, "__index__") or not (ignore_index is None or hasattr(ignore_index, "__float__" if n_classes == 1 else "__index__")):
         raise ValueError(f"n_classes and ignore_index are whole numbers (or ignore_index is None), got {n_classes!r} and {ignore_index!r}")
     name = name.strip().lower() if isinstance(name, str) else name
     name = ("ce" if n_classes > 1 else "bce") if name == "auto" else name

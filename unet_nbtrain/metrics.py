@@ -260,7 +260,7 @@ class SegmentationMetrics(PooledCounts):
     ):
         if not hasattr(n_classes, "__index__") or n_classes < 1:
             raise ValueError(f"n_classes must be 1 (foreground against background) or more, got {n_classes!r}")
-        if not (ignore_index is None or hasattr(ignore_index, "__index__")) or background not in (True, False):
+        if not (ignore_index is None or hasattr(ignore_index, "__float__" if n_classes == 1 else "__index__")) or background not in (True, False):
             raise ValueError(f"ignore_index is a whole number or None, and background True or False; got {ignore_index!r} and {background!r}")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is a probability between 0 and 1, both excluded, got {threshold}")

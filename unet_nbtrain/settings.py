@@ -97,7 +97,7 @@ class Parts(NamedTuple):
 # %% ../nbs/10_settings.ipynb #60f182c1
 SETTINGS = {
     "lr": Rule(False, 0),
-    "epochs": Rule(True, 1, below=10**6 + 1),
+    "epochs": Rule(True, 1),
     "patience": Rule(True, 1, optional=True),
     "min_delta": Rule(False, 0, reached=True),
     "gradient_clip_norm": Rule(False, 0, optional=True),
