@@ -125,7 +125,7 @@ class Prediction:
         alpha: float = 0.35,  # How much the tint covers, in [0, 1]; outlines are always opaque
     ) -> Image.Image:  # RGB, at the image's size
         "The image with what was found tinted and outlined. Class 0 of several is taken for background and stays clear."
-        return Image.fromarray(overlay_mask(self.image, self.mask, alpha))
+        return Image.fromarray(overlay_mask(torch.from_numpy(self.image), self.mask, alpha))  # Of an array the layout would be guessed
 
     def save(
         self,
