@@ -35,7 +35,7 @@ class _Sources(TrainerState):
     channels_last = "auto"  # Memory layout of images: channels last on CUDA, or as a boolean says
     watchdog_seconds = 30.0  # Without a batch, after which that is told
     guarantees = {}  # What a resume can promise with the loaders `'train'` and `'val'`, each with `level` and `sentence`
-    _feeds, _bad_in_validation = {}, 0
+    _feeds, _bad_in_validation, _lost_before = {}, 0, 0
 
     def _open_feeds(self):
         claim(self.model)
@@ -176,6 +176,8 @@ class Gate(_Looking):
         try:
             while True:
                 self._obey()
+                if self._at_boundary:
+                    self._lost_before = self._train_meter.bad_samples
                 feed.on_bad_sample = self.on_bad_sample
                 batch, waited = wait.fetch(batches)
                 self._waited += waited

@@ -7,7 +7,7 @@ __all__ = ['Verdict', 'FiniteGuard', 'BadSteps', 'is_out_of_memory']
 
 # %% ../nbs/12_guard.ipynb #d607b170
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import is_not
 from typing import NamedTuple
 
@@ -77,10 +77,13 @@ class _Copies:
     def __init__(
         self,
         model: nn.Module,  # The model in training, perhaps wrapped
+        also: Sequence[nn.Module] = (),  # More modules with buffers that a step changes, such as a loss with a running mean
     ):
-        owners = ((module._buffers, name) for module in unwrap(model).modules() for name, buffer in module._buffers.items() if buffer is not None)
+        modules = (module for whole in (unwrap(model), *also) for module in whole.modules())
+        owners = ((module._buffers, name) for module in modules for name, buffer in module._buffers.items() if buffer is not None)
         self._places = list({id(buffers[name]): (buffers, name) for buffers, name in owners}.values())
         self._look()
+        self._finite = all(group.kept.isfinite().all() for group in self._joined)
 
     def _look(self):
         "Find the buffers as they are now; those of one kind are kept together, and those that cannot be joined, each by itself"
@@ -124,14 +127,15 @@ class _Buffers(_Copies):
 
 # %% ../nbs/12_guard.ipynb #fcf1bd52
 class _Judge(_Buffers):
-    "Whether losses and gradients are finite"
+    "Whether losses, gradients and buffers are finite"
 
     def __init__(
         self,
         model: nn.Module,  # The model in training, perhaps wrapped
         optimizer: Optimizer,  # The one that steps
+        also: Sequence[nn.Module] = (),  # More modules with buffers that a step changes
     ):
-        super().__init__(model)
+        super().__init__(model, also)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._groups = [[p for p in parameters if p.dtype == dtype] for dtype in sorted({p.dtype for p in parameters}, key=str)]
         device = parameters[0].device
@@ -145,10 +149,11 @@ class _Judge(_Buffers):
         losses: Iterable[torch.Tensor] = (),  # The losses behind the gradients, 0-dim, detached
         gradients: bool = True,  # Whether to look at the gradients; not where a scaler does, which finds its scale by infinities
     ) -> Verdict:
-        "Look at all losses and gradients of a step, in one pass."
+        "Look at all losses and gradients of a step, and at the buffers that it has changed, in one pass."
         flag = self._lowered()
         found = [[grad for p in group if (grad := p.grad) is not None] for group in self._groups] if gradients else []
         losses = [loss if loss.dtype == torch.float32 else loss.float() for loss in losses]
+        losses += [torch.cat(group.tensors) for group in self._joined if self._finite and group.kept.dtype == torch.float32]
         if found and self._is_single:
             found[0] += losses
         else:

@@ -26,6 +26,7 @@ from .history import History
 from .loggers import HistoryFiles, ProgressBar, RunLog, TensorBoardLogger
 from .losses import create_loss_function
 from .optimizers import create_optimizer
+from .parts import state_of_loss
 from .schedulers import create_scheduler, rescale_schedule, scheduler_unit
 from .settings import SETTINGS, LiveSetting, SetSetting, check_setting
 
@@ -166,7 +167,7 @@ class _Ready(_Parts):
             raise ValueError("The schedule was made for another optimizer, whose rates it would change. Make it after the optimizer: create_scheduler(optimizer, …).")
         self._unit = scheduler_unit(self.scheduler) if self.scheduler is not None else None
         with torch.inference_mode(False):
-            self._guard = FiniteGuard(self.model, self.optimizer)
+            self._guard = FiniteGuard(self.model, self.optimizer, [self.criterion] if state_of_loss(self.criterion) else ())
 
     def _release(self):
         "Let go of what a run held: gradients, memory of the device, and the workers of persistent loaders"

@@ -177,4 +177,4 @@ class Steps(_Refusing):
         "Which step it was, and whose images were in it"
         names = [name for batch in range(first, end) for name in self._samples_of(epoch, batch)]
         which = f"batch {first + 1}" if end == first + 1 else f"batches {first + 1} to {end}"
-        return f"Step {step} (epoch {epoch + 1}, {which}) has a loss or a gradient that is NaN or infinite.{self._sentence(names)}"
+        return f"Step {step} (epoch {epoch + 1}, {which}) has a loss or a gradient that is NaN or infinite, or leaves running statistics so.{self._sentence(names)}"

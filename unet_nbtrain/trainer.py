@@ -229,7 +229,7 @@ class _Beginnings(_Life):
                 check_setting("epochs", num_epochs)
             self._adopt_optimizer()
             try:
-                if self.run_dir or self.checkpoint_dir:
+                if named := bool(self.run_dir or self.checkpoint_dir):
                     self._take_folder()
                 if resume is not None:
                     self._resume(resume)
@@ -237,7 +237,8 @@ class _Beginnings(_Life):
                 else:
                     self.early_stopping.counter *= not self.early_stopping.should_stop
                     self.total_epochs = num_epochs + self.current_epoch
-                self._take_folder()
+                if not named:
+                    self._take_folder()
             except BaseException:
                 self._leave_folder()
                 raise

@@ -332,3 +332,32 @@ def test_067_counts_do_not_overflow():
     metrics.update(-ones, ones)
     n = 64 * 64 * 2**40
     assert metrics.compute()["dice"] == pytest.approx(2 * n / (2 * n + 64 * 64), abs=1e-15)
+
+
+@pytest.mark.parametrize("value", [1e25, -3.4e38])
+def test_061_a_huge_number_in_one_image_is_named_and_stepped_over(make, value):
+    """Loss and gradients are finite, but the variance of batch norm is not: a float TIFF's value for no data, for example"""
+    images, masks = torch.rand(12, 3, 16, 16), torch.randint(0, 2, (12, 1, 16, 16)).float()
+    images[5] = value
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, masks), batch_size=4)
+    trainer = make(heard := Heard(), train=data)
+    history = trainer.train(2)
+    assert len(history) == 2 and [row["skipped_steps"] for row in history.rows] == [1, 1]
+    assert any("sample 5" in text and "running statistics" in text for text in heard.problems)
+    assert all(o.isfinite().all() for o in trainer.model.state_dict().values() if o.is_floating_point())
+
+
+def test_061_a_bad_batch_does_not_stay_in_the_numbers_of_a_loss(make):
+    class Running(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, logits, masks):
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, masks)
+            self.scale.mul_(0.9).add_(0.1 * loss.detach())
+            return loss / self.scale
+
+    trainer = make(train=broken_loader(), criterion=Running())
+    history = trainer.train(2)
+    assert len(history) == 2 and history.rows[0]["skipped_steps"] == 1 and 0 < trainer.criterion.scale < 1
