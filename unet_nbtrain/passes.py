@@ -111,9 +111,8 @@ class _Fitting(_Forward):
 
     def _rewind(self):
         "After an error within a step: back to the last boundary, so that the images of a group that was not stepped come again"
-        self._start_batch, self._images = self._boundary
+        (self._start_batch, self._images), self._train_meter.bad_samples = self._boundary, self._lost_before
         self._train_meter.close(True)
-        self._train_meter.bad_samples = self._lost_before
         self._guard.put_back()
         self._losses.clear()
         self._drop_gradients()
