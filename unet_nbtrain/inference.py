@@ -23,11 +23,12 @@ from torch import nn
 from .checkpoint import CheckpointError, load_file, load_weights
 from .colors import color_code
 from .core import get_device, unwrap
+from .data_options import as_statistics
 from .epoch import undisturbed
 from .files import atomic_write
 from .image_files import read_image
 from .overlays import CLASS_COLORS, overlay_mask
-from .transforms import prepare_image, resize_image
+from .transforms import as_size, prepare_image, resize_image
 from .unet_model import UNet
 
 _log = logging.getLogger(__name__)
@@ -48,14 +49,14 @@ def find_checkpoint(
 
 
 def _of_newest_run(path):
-    "What `checkpoints/NAME` means where no such folder is: the file of the newest run in `runs/`, if it has it; any other path is itself"
-    if path.parent != Path("checkpoints") or path.parent.exists():
+    "What `checkpoints/NAME` means where no such file is: that of the newest run in `runs/`, if it has it; any other path is itself"
+    if path.parent != Path("checkpoints") or path.exists():
         return path
     newest = max(Path("runs").glob("*/checkpoints/*.pth"), key=lambda file: file.stat().st_mtime, default=path)
     meant = newest.with_name(path.name)
     if not meant.is_file():
         return path
-    _log.warning("There is no folder %s here. Taken is %s, of the newest run in runs/.", path.parent, meant)
+    _log.warning("There is no file %s here. Taken is %s, of the newest run in runs/.", path, meant)
     return meant
 
 # %% ../nbs/15_inference.ipynb #13bfd7bb
@@ -178,9 +179,15 @@ def _settings(state, model, preprocessing, class_names):
     unknown = [name for name in preprocessing or {} if name not in _KNOWN]
     if unknown:
         raise ValueError(f"preprocessing has the unknown entries {', '.join(map(repr, unknown))}. Known are: {', '.join(_KNOWN)}.")
+    given = dict(preprocessing or {})
+    if {"mean", "std"} <= given.keys() and None not in (given["mean"], given["std"]):
+        as_statistics((given["mean"], given["std"]), np.size(given["mean"]))
+    as_size(given.get("image_size"), "image_size")
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names={class_names!r}: give a list of names, one for each class.")
     inner = unwrap(model)
     found = dict.fromkeys(_KNOWN) | {name: getattr(inner, name, None) for name in ("n_channels", "n_classes")}
-    found |= {name: value for name, value in (state.get("data") or {}).items() if value is not None} | dict(preprocessing or {})
+    found |= {name: value for name, value in (state.get("data") or {}).items() if value is not None} | given
     found["class_names"] = found["class_names"] if class_names is None else list(class_names)
     names, n_classes = found["class_names"], found["n_classes"]
     if names and n_classes and n_classes > 1 and len(names) != n_classes:
@@ -278,14 +285,15 @@ class UNetPredictor:
         with evaluation_mode(self.model) as model:
             logits = unwrap(model)(prepared[None].to(self.device))
         probabilities = _probabilities(logits, image.shape[1:])
-        name = str(source) if isinstance(source, Path) else "an array"
-        mask = _decide(probabilities, self.threshold)
-        return Prediction(mask, probabilities, image, known["class_names"], _palette(known, len(probabilities)), name)
+        told = known["class_names"], _palette(known, len(probabilities)), str(source) if isinstance(source, Path) else "an array"
+        return Prediction(_decide(probabilities, self.threshold), probabilities, image, *told)
 
     def predict(
         self,
         sources: Iterable[str | Path | np.ndarray | torch.Tensor],  # As for `predict_single`; sizes may differ
     ) -> Iterator[Prediction]:
-        "One prediction after the other, each made when it is asked for, so that any number of images fits in memory."
-        for source in sources:
-            yield self.predict_single(source)
+        "One prediction after the other, each made when it is asked for, so that any number of images fits in memory; `TypeError` for one image."
+        are_names = getattr(getattr(sources, "dtype", None), "kind", "") in ("O", "U", "T")
+        if isinstance(sources, (str, Path)) or not are_names and getattr(sources, "ndim", 4) < 4:
+            raise TypeError("predict takes many images: a list of files, or an array (N, C, H, W). For one image there is predict_single.")
+        return map(self.predict_single, sources)
