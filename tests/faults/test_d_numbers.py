@@ -335,7 +335,7 @@ def test_067_counts_do_not_overflow():
 
 
 @pytest.mark.parametrize("value", [1e25, -3.4e38])
-def test_061_a_huge_number_in_one_image_is_named_and_stepped_over(make, value):
+def test_060_a_huge_number_in_one_image_is_named_and_stepped_over(make, value):
     """Loss and gradients are finite, but the variance of batch norm is not: a float TIFF's value for no data, for example"""
     images, masks = torch.rand(12, 3, 16, 16), torch.randint(0, 2, (12, 1, 16, 16)).float()
     images[5] = value
@@ -347,7 +347,7 @@ def test_061_a_huge_number_in_one_image_is_named_and_stepped_over(make, value):
     assert all(o.isfinite().all() for o in trainer.model.state_dict().values() if o.is_floating_point())
 
 
-def test_061_a_bad_batch_does_not_stay_in_the_numbers_of_a_loss(make):
+def test_060_a_bad_batch_does_not_stay_in_the_numbers_of_a_loss(make):
     class Running(torch.nn.Module):
         def __init__(self):
             super().__init__()
