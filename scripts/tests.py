@@ -1,4 +1,4 @@
-"""Run all tests: the notebooks and the commands beside everything else, and then, alone on the machine, those with a kernel or a browser.
+"""Run all tests: the notebooks, the commands and the benchmarks beside everything else, and then, alone on the machine, those with a kernel or a browser.
 
     python scripts/tests.py
 
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE, ALONE = ["tests/test_nbs.py", "tests/test_cli.py"], ["tests/test_kernel.py", "tests/test_browser.py"]
+BESIDE, ALONE = ["tests/test_nbs.py", "tests/test_cli.py", "tests/test_benchmarks.py"], ["tests/test_kernel.py", "tests/test_browser.py"]
 REST = ["tests", *(f"--ignore={name}" for name in BESIDE + ALONE)]
 
 
