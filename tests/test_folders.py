@@ -603,6 +603,17 @@ def test_class_indices_in_a_jpeg(tmp_path):
     assert any("1 masks are JPEG, or compressed with loss like it, which smears their edges: 0.jpg" in o for o in describe_masks(tmp_path / "i", tmp_path / "m")["warnings"])
 
 
+def test_a_mask_is_opened_once(tmp_path, monkeypatch):
+    opened = []
+    paths = [save(tmp_path / "0.png", LABELS), save(tmp_path / "1.png", LABELS, format="JPEG"), save(tmp_path / "2.webp", LABELS, quality=90)]
+    monkeypatch.setattr(Image, "open", lambda path, open_=Image.open: opened.append(path) or open_(path))
+    read_mask(paths[0], 4)
+    for path in paths[1:]:
+        with pytest.raises(ValueError, match="cannot hold class indices"):
+            read_mask(path, 4)
+    assert opened == paths
+
+
 # Arguments of a wrong type
 
 WRONG = [3.5, -1, [], [1.5], {}, object(), np.array([1, 2]), (1, 2, 3), b"x", float("nan"), lambda: 0]

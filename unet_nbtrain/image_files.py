@@ -119,14 +119,20 @@ def read_labels(
     colors: Sequence | Mapping | None = None,  # For painted masks: colours in the order of the classes, or `{colour: class}`
 ) -> np.ndarray:  # (H, W) of the values as they are in the file, or of classes; uint8 or int32
     "The values of a mask, unchanged, or the classes of its colours; raises `ValueError` with the file's name for what is neither."
+    return _labels(source, colors)[0]
+
+
+def _labels(source, colors):
+    "The values of a mask, and whether they lay in a file with loss, which an open file tells before it is decoded"
     with reading(source):
         mask = open_raster(source)
+        lossy = is_lossy(mask)
         if colors is not None:
-            return _narrow(paint_to_classes(_paint(mask), color_table(colors)))
+            return _narrow(paint_to_classes(_paint(mask), color_table(colors))), lossy
         if isinstance(mask, np.ndarray):
-            return _narrow(_one_plane(channels_first(mask, 1)))
+            return _narrow(_one_plane(channels_first(mask, 1))), lossy
         mask = decode_values(mask)
-        return _narrow(mask if mask.ndim == 2 else _without_color(mask))
+        return _narrow(mask if mask.ndim == 2 else _without_color(mask)), lossy
 
 
 def _narrow(labels):
@@ -252,9 +258,9 @@ def read_mask(
     colors: Sequence | Mapping | None = None,  # For painted masks: colours in the order of the classes, or `{colour: class}`
 ) -> np.ndarray:  # (H, W), uint8, or int32 where the values or `ignore_index` need it; 0 and 1, or class indices; and `ignore_index`
     "Read one mask; raises `ValueError` with the file's name, the values found and what to do, where they do not fit the task."
-    labels = read_labels(source, colors)
+    labels, lossy = _labels(source, colors)
     with reading(source):
-        values, lossy = count_values(labels), is_lossy(source)
+        values = count_values(labels)
         if lossy and n_classes > 2 and colors is None:
             raise ValueError(f"{_INDICES_WITH_LOSS} Values found: {_histogram(values, labels.size)}.")
         check_values(values, n_classes, foreground, ignore_index, lossy)

@@ -9,6 +9,7 @@ __all__ = ['describe_masks']
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from .image_files import check_values, count_values, read_image, read_labels, re
 from .mask_picture import thumbnail
 from .mask_summary import MaskReport, list_doubts
 from .pairing import pair_files
-from .raster import is_lossy
+from .raster import is_lossy, open_raster
 
 # %% ../nbs/06_mask_report.ipynb #14769107
 @dataclass
@@ -63,6 +64,13 @@ def _compare(name, image_size, mask_size):
         raise ValueError(f"{name}: the image is {h} x {w} pixels and its mask {mh} x {mw} (height x width). Is it the right mask, and was one of them resized or turned?")
 
 
+def _is_smeared(path):
+    "Whether a mask lies in a file with loss"
+    mask = open_raster(path)
+    with nullcontext() if isinstance(mask, np.ndarray) else mask:
+        return is_lossy(mask)
+
+
 class _Files:
     "Pairs of files"
 
@@ -83,7 +91,7 @@ class _Files:
 
     def doubts(self, places):
         "A sentence on JPEG masks, if any were seen; colours that are in a table have shown that they are not smeared"
-        masks = [] if self.colors else [self.pairs[i][1].name for i in places if is_lossy(self.pairs[i][1])]
+        masks = [] if self.colors else [mask.name for _, mask in (self.pairs[i] for i in places) if _is_smeared(mask)]
         if masks:
             yield (
                 f"{len(masks)} masks are JPEG, or compressed with loss like it, which smears their edges: {', '.join(masks[:3])}{', …' if len(masks) > 3 else ''}. Save masks as PNG. "

@@ -163,23 +163,23 @@ _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
 def is_lossy(
-    source: Path | np.ndarray,  # An image file that can be opened, or an array
+    image: np.ndarray | Image.Image,  # From `open_raster`, not decoded yet
 ) -> bool:
     "Whether a file was compressed in a way that changes its values (JPEG, WebP unless lossless), whatever its name is."
-    if isinstance(source, np.ndarray) or source.suffix.lower() in (".npy", ".npz"):
+    if isinstance(image, np.ndarray):
         return False
-    with Image.open(source) as image:
-        if image.format == "WEBP":
-            return _is_lossy_webp(source.read_bytes())
-        return image.format in ("JPEG", "MPO") or image.info.get("compression") in _LOSSY_TIFF
+    if image.format == "WEBP":
+        return _is_lossy_webp(Path(image.filename))
+    return image.format in ("JPEG", "MPO") or image.info.get("compression") in _LOSSY_TIFF
 
 
-def _is_lossy_webp(data):
+def _is_lossy_webp(path):
     "Whether the pixels lie in a chunk of the lossy kind"
-    place = 12
-    while (kind := data[place : place + 4]) not in (b"VP8 ", b"VP8L", b""):
-        size = int.from_bytes(data[place + 4 : place + 8], "little")
-        place += 8 + size + size % 2
+    with path.open("rb") as file:
+        file.seek(12)
+        while (kind := file.read(4)) not in (b"VP8 ", b"VP8L", b""):
+            size = int.from_bytes(file.read(4), "little")
+            file.seek(size + size % 2, 1)
     return kind == b"VP8 "
 
 # %% ../nbs/04_raster.ipynb #487ab48e
