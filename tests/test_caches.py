@@ -4,9 +4,12 @@ import errno
 import logging
 import multiprocessing
 import os
+import py_compile
 import sys
 import time
+from importlib.util import spec_from_file_location
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +270,29 @@ def test_another_decoder_is_another_key(folders, tmp_path, decodings, monkeypatc
     assert len(list(train_loader(folders, cache=tmp_path / "cache"))) == 3 and decodings() == 12
     monkeypatch.undo()
     _decoder.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [".py", ".pyc"])
+def test_what_a_former_version_decoded_is_not_used(folders, tmp_path, monkeypatch, kind):
+    import unet_nbtrain.stored_pairs as room
+
+    def use(version, change):
+        "Decode from here on with the rooms in a folder, in which a function is another one"
+        (tmp_path / version).mkdir()
+        for name in room._DECODERS:
+            path = tmp_path / version / f"{name}.py"
+            path.write_text(Path(room.__file__).with_name(path.name).read_text().replace("def _stretched(image):\n", change))
+            py_compile.compile(path, path.with_suffix(".pyc"))
+        monkeypatch.setattr(room, "find_spec", lambda name: spec_from_file_location(name, tmp_path / version / f"{name.split('.')[-1]}{kind}"))
+        room._decoder.cache_clear()
+
+    use("former", "def _stretched(image):\n    return 1, 1\n")
+    list(train_loader(folders, cache=tmp_path / "cache"))
+    assert train_loader(folders, cache=tmp_path / "cache").dataset.cached
+    use("present", "def _stretched(image):\n")
+    assert not train_loader(folders, cache=tmp_path / "cache").dataset.cached
+    monkeypatch.undo()
+    room._decoder.cache_clear()
 
 
 def test_a_folder_never_grows_beyond_its_limit(tmp_path):

@@ -8,11 +8,11 @@ __all__ = ['in_threads', 'choose_place', 'StoredPairs']
 # %% ../nbs/06_stored_pairs.ipynb #271b3006
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -129,10 +129,11 @@ _DECODERS = "raster", "colors", "image_files", "transforms", "stored_pairs"
 @cache
 def _decoder():
     "Which program decodes, as a short text"
-    folder, digest = Path(sys.modules[ImageHeader.__module__].__file__).parent, hashlib.blake2b(digest_size=8)
+    package, digest = ImageHeader.__module__.rpartition(".")[0], hashlib.blake2b(digest_size=8)
     for name in _DECODERS:
-        with suppress(OSError):  # Without its source, a package is told by its options and Pillow alone
-            digest.update((folder / f"{name}.py").read_bytes())
+        with suppress(OSError):  # Removed from under a running process, a package is told by its options and Pillow alone
+            spec = find_spec(f"{package}.{name}")
+            digest.update(spec.loader.get_data(spec.origin))
     return digest.hexdigest() + PIL.__version__
 
 # %% ../nbs/06_stored_pairs.ipynb #203f5331
