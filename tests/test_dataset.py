@@ -258,7 +258,7 @@ def test_a_damaged_file_in_a_worker_is_named(tmp_path):
 def test_sizes_that_do_not_fit(tmp_path):
     images, masks = cells(tmp_path)
     save(images / "img_2.png", np.zeros((20, 24), np.uint8))
-    with pytest.raises(ValueError, match=r"images.img_2\.png is 20 x 24 .*masks.img_2\.png is 32 x 32"):
+    with pytest.raises(ValueError, match=r"images.img_2\.png and img_2\.png: the image is 20 x 24 .*its mask 32 x 32"):
         create_dataloaders(images, masks)
     save(masks / "img_2.png", np.zeros((20, 24), np.uint8))
     with pytest.raises(

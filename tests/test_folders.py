@@ -685,6 +685,24 @@ def test_loaders_refuse_a_pair_that_is_turned_in_two_ways(tmp_path):
         create_dataloaders(*folders)
 
 
+@pytest.mark.parametrize("options", [{}, {"cache": False}, {"n_channels": 3}], ids=str)
+def test_a_data_set_refuses_a_pair_that_is_turned_in_two_ways(tmp_path, options):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image, mask = save(tmp_path / "1.png", COLOR, exif=exif), save(tmp_path / "1_mask.png", LABELS)
+    with pytest.raises(ValueError, match=r"1\.png and 1_mask\.png have different orientation tags"):
+        SegmentationDataset([image], [mask], 10, **options)
+
+
+def test_loaders_look_at_each_header_once(tmp_path, monkeypatch):
+    import unet_nbtrain.image_files as room
+
+    folders, opened = patients(tmp_path), []
+    monkeypatch.setattr(room, "open_raster", lambda path, open_=room.open_raster: opened.append(path) or open_(path))
+    create_dataloaders(*folders, cache=False)
+    assert len(opened) == len(set(opened)) > 6
+
+
 @pytest.mark.parametrize("place, byte", [(60, 255), (8, 99), (6, 1)], ids=["damaged inside", "packed in an unknown way", "encrypted"])
 def test_an_archive_that_cannot_be_unpacked_names_its_file(tmp_path, place, byte):
     path = tmp_path / "c.npz"

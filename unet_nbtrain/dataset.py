@@ -21,7 +21,7 @@ from .crops import RandomCrop, class_places
 from .data_options import as_class_names, as_pipeline, as_plain, as_statistics, as_values, check_options, check_sizes, common_channels
 from .demo_data import draw_cells
 from .file_names import relative_names
-from .image_files import check_foreground, read_header, read_pair_header
+from .image_files import ImageHeader, check_foreground, read_pair_header
 from .pairing import pair_files
 from .sampling import ReadyBatch, default_workers, make_loader
 from .splits import split_positions
@@ -112,8 +112,8 @@ class SegmentationDataset(_WholeBatches):
 
     def __init__(
         self,
-        images: Sequence[Path | np.ndarray],  # Files, or arrays (H, W), (H, W, C) or (C, H, W)
-        masks: Sequence[Path | np.ndarray],  # Files or arrays (H, W), in the order of the images
+        images: Sequence[str | Path | np.ndarray],  # Files, or arrays (H, W), (H, W, C) or (C, H, W)
+        masks: Sequence[str | Path | np.ndarray],  # Files or arrays (H, W), in the order of the images
         n_classes: int = 1,  # 1: foreground against background; more: class indices
         *,
         foreground: int | Sequence[int] | None = None,  # For one class: the mask value(s) to find; `None`: what is not 0
@@ -129,6 +129,7 @@ class SegmentationDataset(_WholeBatches):
         names: Sequence[str] | None = None,  # For messages; `None`: file names or numbers
         seed: int = 0,  # Crops and augmentation are a function of this, the epoch and the index
         cache: bool | str | Path = True,  # Decode everything now and keep it in memory; `'disk'` or a folder: keep it there
+        headers: Sequence[ImageHeader] | None = None,  # From `read_pair_header`; `None`: of files, image and mask are compared now
     ):
         check_options(batch_size=1, n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, pad=pad, seed=seed, cache=cache, colors=colors)
         self.class_names, self.augment, self.seed = as_class_names(class_names, n_classes), augment, seed
@@ -136,7 +137,7 @@ class SegmentationDataset(_WholeBatches):
         self.crop = crop if isinstance(crop, RandomCrop) or crop is None else RandomCrop(as_size(crop, "crop"), 0.0, ignore_index)
         super().__init__(
             images, masks, n_classes, foreground=foreground, ignore_index=ignore_index, colors=colors, n_channels=n_channels,
-            image_size=image_size, names=names,
+            image_size=image_size, names=names, headers=headers,
         )  # fmt: skip
         given = as_statistics(normalize, self.n_channels)
         self.keep(cache)
@@ -244,16 +245,16 @@ def create_dataloaders(
     options = dict(n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, colors=colors, image_size=resize, seed=seed)
     options |= dict(class_names=as_class_names(class_names, n_classes))
     parts = split_positions(relative_names([image for image, _ in pairs]), val, seed, groups)
-    headers = [_checked_header(*pair) for pair in pairs]
+    headers = [read_pair_header(*pair) for pair in pairs]
     sizes, n_channels = [resize or header[:2] for header in headers], common_channels({header.channels for header in headers})
     as_statistics(normalize, n_channels)
     check_foreground([mask for _, mask in pairs], as_values(foreground), colors)
     crops, margin = window and RandomCrop(window, foreground_crops, ignore_index), common_size(pad, sizes)
     check_sizes([sizes[i] for i in parts[0]], batch_size, window or margin)
     options |= dict(n_channels=n_channels, cache=choose_place(headers, resize, [image for image, _ in pairs]) if str(cache) == "auto" else cache)
-    train_files, val_files = ([list(o) for o in zip(*(pairs[i] for i in part))] for part in parts)
-    train = SegmentationDataset(*train_files, crop=crops, pad=None if crops else margin, augment=pipeline, normalize=normalize, **options)
-    held_out = SegmentationDataset(*val_files, pad=margin, normalize=train.mean and (train.mean, train.std), **options)
+    of_train, of_val = (dict(zip(("images", "masks", "headers"), zip(*((*pairs[i], headers[i]) for i in part)))) for part in parts)
+    train = SegmentationDataset(**of_train, crop=crops, pad=None if crops else margin, augment=pipeline, normalize=normalize, **options)
+    held_out = SegmentationDataset(**of_val, pad=margin, normalize=train.mean and (train.mean, train.std), **options)
     augment_batches(train) if augment_on == "device" else None
     return _loaders(train, held_out, batch_size, num_workers, margin or len({sizes[i] for i in parts[1]}) == 1)
 
@@ -281,14 +282,3 @@ def _loaders(train, held_out, batch_size, num_workers, one_size):
         dataset.pin = torch.cuda.is_available() and workers == 0
         loaders.append(make_loader(dataset, sizes[i], i == 0, train.seed, workers))
     return tuple(loaders)
-
-# %% ../nbs/07_dataset.ipynb #51b36ba7
-def _checked_header(image, mask):
-    "The header of an image, after comparing its size and its orientation tag with those of its mask"
-    header, other = read_header(image), read_header(mask)
-    if header[:2] != other[:2]:
-        raise ValueError(
-            f"{image} is {header.height} x {header.width} pixels and its mask {mask} is {other.height} x {other.width}. "
-            "They must have the same size: is it the right mask, and was one of them resized or turned?"
-        )
-    return read_pair_header(image, mask)

@@ -30,12 +30,13 @@ class ImageHeader(NamedTuple):
 
 def read_header(
     source: Path | np.ndarray,  # An image file, or an array
+    n_channels: int | None = None,  # How many there should be, for arrays of a shape that fits two ways
 ) -> ImageHeader:  # Height and width as they will be after decoding
     "Size and channels of an image; raises `ValueError` with the file's name where it is not an image."
-    return _look(source)[0]
+    return _look(source, n_channels)[0]
 
 
-def _look(source, n_channels=None):
+def _look(source, n_channels):
     "The header of an image, and its orientation tag"
     with reading(source):
         image = open_raster(source)
@@ -52,9 +53,10 @@ def _look(source, n_channels=None):
 def read_pair_header(
     image: Path | np.ndarray,  # An image file, or an array
     mask: Path | np.ndarray,  # Its mask
+    n_channels: int | None = None,  # As for `read_header`
 ) -> ImageHeader:  # That of the image
     "The header of an image, after comparing its size and its orientation tag with those of its mask; raises `ValueError` that names both files."
-    (header, tag), (other, mask_tag) = _look(image), _look(mask, 1)
+    (header, tag), (other, mask_tag) = _look(image, n_channels), _look(mask, 1)
     names = " and ".join(str(o) if i == 0 else o.name for i, o in enumerate((image, mask)) if isinstance(o, Path)) or "arrays"
     sideways = (tag in _ON_ITS_SIDE) != (mask_tag in _ON_ITS_SIDE)
     if header[:2] != other[:2]:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from .data_options import as_plain, as_values, common_channels
 from .image_cache import DiskCache, MemoryStore, decoded_size, entry_key, free_memory
-from .image_files import ImageHeader, read_header, read_image, read_mask
+from .image_files import ImageHeader, read_header, read_image, read_mask, read_pair_header
 from .transforms import as_size, resize_pair
 
 # %% ../nbs/06_stored_pairs.ipynb #c854bcee
@@ -71,8 +71,8 @@ class _Sources(Dataset):
 
     def __init__(
         self,
-        images: Sequence[Path | np.ndarray],  # Files, or arrays (H, W), (H, W, C) or (C, H, W)
-        masks: Sequence[Path | np.ndarray],  # Files or arrays (H, W), in the order of the images
+        images: Sequence[str | Path | np.ndarray],  # Files, or arrays (H, W), (H, W, C) or (C, H, W)
+        masks: Sequence[str | Path | np.ndarray],  # Files or arrays (H, W), in the order of the images
         n_classes: int = 1,  # 1: foreground against background; more: class indices
         *,
         foreground: int | Sequence[int] | None = None,  # For one class: the mask value(s) to find; `None`: what is not 0
@@ -81,14 +81,22 @@ class _Sources(Dataset):
         n_channels: int | None = None,  # `None`: what the images have; 3 where grey and RGB are mixed
         image_size: int | tuple[int, int] | None = None,  # Resize to this; one number, or height and width
         names: Sequence[str] | None = None,  # For messages; `None`: file names or numbers
+        headers: Sequence[ImageHeader] | None = None,  # From `read_pair_header`; `None`: of files, image and mask are compared now
     ):
         if len(images) != len(masks) or not len(images):
             raise ValueError(f"{len(images)} images, {len(masks)} masks: there must be as many masks as images, and at least one.")
-        self.images, self.masks, self.image_size = list(images), list(masks), as_size(image_size, "image_size")
+        self.images, self.masks = ([Path(o) if isinstance(o, str) else o for o in given] for given in (images, masks))
+        self.image_size = as_size(image_size, "image_size")
         self.n_classes, self.foreground, self.ignore_index, self.colors = n_classes, as_values(foreground), ignore_index, colors
-        self.n_channels = n_channels or common_channels({read_header(o).channels for o in self.images})
+        headers = headers or [_header(*pair, n_channels) for pair in zip(self.images, self.masks)]
+        self.n_channels = n_channels or common_channels({header.channels for header in headers})
         self.names = list(names or (o.name if isinstance(o, Path) else str(i) for i, o in enumerate(self.images)))
         self._memory, self._disk, self._decides, self._found = None, None, "", 0
+
+
+def _header(image, mask, n_channels):
+    "The header of an image; raises `ValueError` where it and its mask are files that differ in size or orientation"
+    return read_pair_header(image, mask, n_channels) if isinstance(image, Path) and isinstance(mask, Path) else read_header(image, n_channels)
 
 # %% ../nbs/06_stored_pairs.ipynb #13d7a525
 class _Located(_Sources):

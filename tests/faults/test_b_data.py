@@ -124,7 +124,7 @@ def test_028_images_without_masks_are_listed(tmp_path):
 def test_029_image_and_mask_of_different_size(tmp_path):
     images, masks = folders(tmp_path)
     Image.new("L", (20, 16), 1).save(masks / "1.png")
-    with pytest.raises(ValueError, match=r"1\.png is 16 x 16 pixels and its mask .* 16 x 20"):
+    with pytest.raises(ValueError, match=r"1\.png: the image is 16 x 16 pixels and its mask 16 x 20"):
         create_dataloaders(images, masks)
 
 
