@@ -241,3 +241,64 @@ def test_a_schedule_of_another_length_is_told(make, caplog):
     optimizer = create_optimizer(model)
     make(model, optimizer=optimizer, scheduler=create_scheduler(optimizer, "cosine", T_max=100)).train(2)
     assert "The schedule is made for 100 epochs, and the training has 2." in caplog.text
+
+
+# Losses that give something else than a number with a gradient, and batches that are no tensors
+
+BCE = nn.BCEWithLogitsLoss()
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (lambda loss: loss.item(), TypeError, r"is a float, .* without \.item\(\)"),
+        (lambda loss: np.float32(loss.item()), TypeError, r"is a float32, .* without \.item\(\)"),
+        (lambda loss: (loss, 1), TypeError, "is a tuple, .* wrapped"),
+        (lambda loss: None, TypeError, "is None, .* without a return"),
+        (lambda loss: loss.expand(2, 3), ValueError, r"has the shape \(2, 3\), .* loss\.mean\(\)"),
+    ],
+    ids=["float", "NumPy", "tuple", "None", "many"],
+)
+def test_a_loss_that_no_step_can_be_made_of(make, change, error, words):
+    calls = []
+
+    def odd(logits, masks):
+        calls.append(1)
+        return BCE(logits, masks) if len(calls) == 1 else change(BCE(logits, masks))
+
+    trainer = make(criterion=odd)
+    with pytest.raises(error, match=f"The loss of batch 2 of the training of epoch 1 {words}"):
+        trainer.train(1)
+    trainer.criterion = BCE
+    assert len(trainer.train(1)) == 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [(lambda loss, out: loss, "returned a Tensor .* must return two"), (lambda loss, out: None, "returned None"), (lambda loss, out: (out, loss), "logits first"),
+     (lambda loss, out: (loss, [out]), "returned a list as logits"), (lambda loss, out: (loss, out, 1), "returned 3 things"), (lambda loss, out: (0.5, out), "loss .* is a float")],
+)  # fmt: skip
+def test_a_training_step_that_returns_something_else(make, change, words):
+    trainer = make()
+    trainer.training_step = lambda images, masks: change(BCE(out := trainer.model(images), masks), out)
+    with pytest.raises((TypeError, ValueError), match=words) as caught:
+        trainer.train(1)
+    assert "batch 1 of the training of epoch 1" in str(caught.value)
+
+
+def as_arrays(samples):
+    return tuple(np.stack([sample[i].numpy() for sample in samples]) for i in (0, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_arrays_train_as_the_tensors_they_hold(make, workers):
+    data = LOADERS[0].dataset
+    plain, arrays = (make(train=DataLoader(data, 4, collate_fn=o, num_workers=workers), name=str(o is None)) for o in (None, as_arrays))
+    plain.train(1), arrays.train(1)
+    assert torch.equal(weights(plain), weights(arrays)) and rows(plain) == rows(arrays)
+
+
+def test_a_batch_of_something_else_is_named(make):
+    batches = [next(iter(LOADERS[0])), {"image": [1, 2], "mask": "a.png"}]
+    with pytest.raises(TypeError, match=r"a dict {'image': list, 'mask': str}.*batch 2 of the training data"):
+        make(train=batches).train(1)

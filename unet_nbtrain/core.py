@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -150,22 +151,25 @@ def split_batch(
     "Images and masks of a batch, from a tuple or a mapping; raises `TypeError` that says what the loader gave instead."
     if type(batch) in (tuple, list) and len(batch) == 2 and type(batch[0]) is type(batch[1]) is torch.Tensor:
         return batch[0], batch[1]
+    found = ()
     if isinstance(batch, Mapping):
-        image, mask = (next((batch[k] for k in (name, name + "s") if k in batch), None) for name in ("image", "mask"))
-        if isinstance(image, torch.Tensor) and isinstance(mask, torch.Tensor):
-            return image, mask
-    elif isinstance(batch, Sequence) and len(batch) >= 2 and all(isinstance(o, torch.Tensor) for o in batch[:2]):
-        return batch[0], batch[1]
+        found = [next((batch[k] for k in (name, name + "s") if k in batch), None) for name in ("image", "mask")]
+    elif isinstance(batch, Sequence) and len(batch) >= 2:
+        found = batch[:2]
+    found = [torch.from_numpy(np.ascontiguousarray(o)) if isinstance(o, np.ndarray) and o.dtype.kind in "biuf" else o for o in found]
+    if found and all(isinstance(o, torch.Tensor) for o in found):
+        return found[0], found[1]
     raise TypeError(
         f"A batch must be a tuple (images, masks) of tensors or a dict with 'image' and 'mask'; the loader gave {_describe(batch)}. "
-        "Change what the dataset's __getitem__ returns."
+        "Change what the dataset's __getitem__ returns, or its collate_fn."
     )
 
 
 def _describe(batch):
     "A few words on an unexpected batch"
     if isinstance(batch, Mapping):
-        return f"a {type(batch).__name__} with keys {list(batch)}"
+        kinds = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in [*batch.items()][:8])
+        return f"a {type(batch).__name__} {{{kinds}}}"
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return f"a {type(batch).__name__} of {len(batch)}: {[type(o).__name__ for o in batch[:4]]}"
     return f"a {type(batch).__name__}" + (f" of shape {tuple(batch.shape)}" if isinstance(batch, torch.Tensor) else "")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from .checks import check_loss
 from .core import dataset_attribute, get_amp_dtype, move, on_card, split_batch
 from .epoch import EpochMeter, batch_weight, check_batch, loss_weights
 from .file_names import relative_names
@@ -104,6 +105,7 @@ def _count(model, predictor, loader, criterion, meter, amp_dtype):
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
             loss = torch.zeros((), device=device) if criterion is None else criterion(logits, masks)
+        check_loss(loss, "a batch")
         meter.update(loss, batch_weight(masks, meter.ignore_index, loss_weights(criterion)), logits, masks)
     return meter
 

@@ -137,6 +137,14 @@ class _ByTheCard:
         return batch, waited
 
 # %% ../nbs/15_gate.ipynb #7d6ffc2d
+def _split(batch, phase, position):
+    "Images and masks of a batch; an error names its place"
+    try:
+        return split_batch(batch)
+    except TypeError as error:
+        raise TypeError(f"{error} This was batch {position + 1} of the {_NAMES[phase]} data.") from None
+
+
 class _Looking(_Obeying):
     "What is said of the first batches"
 
@@ -159,7 +167,7 @@ class _Looking(_Obeying):
         with closing(batches):
             batch = next(batches, None)
         if batch is not None:
-            self._check_first("val", *split_batch(batch))
+            self._check_first("val", *_split(batch, "val", 0))
 
 # %% ../nbs/15_gate.ipynb #5bfc2c0f
 class Gate(_Looking):
@@ -184,7 +192,7 @@ class Gate(_Looking):
                 counted = self._count_bad(phase, feed, counted)
                 if batch is None:
                     return
-                images, masks = split_batch(batch)
+                images, masks = _split(batch, phase, feed.position)
                 if phase not in self._checked:
                     self._check_first(phase, images, masks)
                 if phase == "train":

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
+from .checks import check_step
 from .core import fresh_scaler, length_of, seed_step, unwrap
 from .epoch import EpochMeter, batch_weight, loss_weights
 from .gate import Gate
@@ -47,10 +48,17 @@ class _Forward(Modes, ResumableState, Gate, Steps):
 
     _own_step = training_step
 
+    def _given(self, images, masks):
+        "Loss and logits of one part of a batch, if a step can be made of them"
+        given = self.training_step(images, masks)
+        if type(given) is not tuple or len(given) != 2 or type(given[0]) is not torch.Tensor or given[0].ndim or type(given[1]) is not torch.Tensor:
+            check_step(given, f"batch {self.batch + 1} of {_SPLIT[self.phase == 'train'][0]} epoch {self.current_epoch + 1}")
+        return given
+
     def _forward(self, images, masks, meter):
         "Loss, weight and logits of one part of a batch, added to a meter; and its counts, if they are there already"
         quick = None if self._ways is None else self._computed(images, masks, meter, self.training_step == self._own_step)
-        loss, logits, counts = quick or (*self.training_step(images, masks), None)
+        loss, logits, counts = quick or (*self._given(images, masks), None)
         weight = batch_weight(masks, self.ignore_index, loss_weights(self.criterion))
         loss = _counted(loss, weight)
         if counts is None:

@@ -103,7 +103,7 @@ class Twin:
         if (change := dataset_attribute(trainer.train_loader, "batch_transform")) is not None:
             images, masks = change(images, masks, 0, 0)
         with torch.enable_grad():
-            loss, _ = trainer.training_step(images, masks)
+            loss, _ = trainer._given(images, masks)
             self.optimizer.zero_grad(set_to_none=True)
             (trainer.scaler.scale(loss) if trainer.scaler else loss).backward()
         if trainer.scaler:
