@@ -592,6 +592,13 @@ def test_a_foreground_that_no_mask_has(tmp_path):
         check_foreground(masks, 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"foreground": 255}, {"n_classes": 2}], ids=str)
+def test_a_foreground_that_is_ignored(tmp_path, options):
+    folders = write_set(tmp_path, [(LABELS == i).astype(np.uint8) * 255 for i in range(3, 6)], suffix="")
+    with pytest.raises(ValueError, match=r"ignore_index=255: beside it none of the 3 masks .* 0 \(91\.7%\), 255 \(8\.3%\)\. If 255 is the foreground"):
+        create_dataloaders(*folders, ignore_index=255, num_workers=0, **options)
+
+
 def test_class_indices_in_a_jpeg(tmp_path):
     path = save(tmp_path / "m" / "0.jpg", LABELS)
     with pytest.raises(ValueError, match=r"0\.jpg: a JPEG cannot hold class indices.*Values found: "):

@@ -2046,6 +2046,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'unet_nbtrain.stored_pairs._read_pair': ( 'stored_pairs.html#_read_pair',
                                                                                      'unet_nbtrain/stored_pairs.py'),
                                            'unet_nbtrain.stored_pairs._roomy': ('stored_pairs.html#_roomy', 'unet_nbtrain/stored_pairs.py'),
+                                           'unet_nbtrain.stored_pairs._source': ( 'stored_pairs.html#_source',
+                                                                                  'unet_nbtrain/stored_pairs.py'),
                                            'unet_nbtrain.stored_pairs.choose_place': ( 'stored_pairs.html#choose_place',
                                                                                        'unet_nbtrain/stored_pairs.py'),
                                            'unet_nbtrain.stored_pairs.in_threads': ( 'stored_pairs.html#in_threads',

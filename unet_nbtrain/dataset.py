@@ -248,7 +248,7 @@ def create_dataloaders(
     headers = [read_pair_header(*pair) for pair in pairs]
     sizes, n_channels = [resize or header[:2] for header in headers], common_channels({header.channels for header in headers})
     as_statistics(normalize, n_channels)
-    check_foreground([mask for _, mask in pairs], as_values(foreground), colors)
+    check_foreground([mask for _, mask in pairs], as_values(foreground), colors, ignore_index)
     crops, margin = window and RandomCrop(window, foreground_crops, ignore_index), common_size(pad, sizes)
     check_sizes([sizes[i] for i in parts[0]], batch_size, window or margin)
     options |= dict(n_channels=n_channels, cache=choose_place(headers, resize, [image for image, _ in pairs]) if str(cache) == "auto" else cache)

@@ -141,6 +141,8 @@ def _narrow(labels):
     "Whole numbers as uint8 where they fit, else as int32"
     if labels.dtype == np.uint8 or labels.dtype.kind == "b":
         return np.array(labels, np.uint8)
+    if labels.dtype.kind not in "iuf":
+        raise ValueError(f"values of type {labels.dtype} are not classes. Save the mask with whole numbers, one for each class.")
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.round(labels)):
         raise ValueError("the mask has fractions. Save it with whole numbers, one for each class; probabilities as mask > 0.5.")
     low, high = labels.min(), labels.max()
@@ -277,16 +279,22 @@ def read_mask(
 # %% ../nbs/05_image_files.ipynb #b8d716cf
 def check_foreground(
     masks: Sequence[Path | np.ndarray],  # All masks of a set
-    foreground: int | Sequence[int] | None,  # The value(s) to find; `None`: whatever is not 0, of which nothing is asked
+    foreground: int | Sequence[int] | None,  # The value(s) to find; `None`: whatever is not 0, of which something is asked only where values are ignored
     colors: Sequence | Mapping | None = None,  # For painted masks, as for `read_labels`
+    ignore_index: int | None = None,  # Value of pixels that count nowhere
 ) -> None:
-    "Raise `ValueError`, with the values found, where no mask has a pixel of the foreground."
-    if foreground is None:
+    "Raise `ValueError`, with the values found, where no mask has a pixel of the foreground, or its only one is ignored."
+    if foreground is None and ignore_index is None:
         return
-    wanted, found = np.atleast_1d(foreground), {}
+    wanted, found = None if foreground is None else {int(v) for v in np.atleast_1d(foreground)}, {}
     for mask in masks:
         values = count_values(read_labels(mask, colors))
-        if np.isin(list(values), wanted).any():
+        counted = values.keys() - {ignore_index}
+        if counted - {0} if wanted is None else counted & wanted:
             return
         found = {v: found.get(v, 0) + values.get(v, 0) for v in found | values}
-    raise ValueError(f"foreground={foreground!r}: none of the {len(masks)} masks has it. They hold {_histogram(found, sum(found.values()))}. Pass the value to find.")
+    there = f"They hold {_histogram(found, sum(found.values()))}."
+    if ignore_index in (found if wanted is None else wanted):
+        raise ValueError(f"ignore_index={ignore_index}: beside it none of the {len(masks)} masks has a foreground to learn. {there} If {ignore_index} is the foreground, leave ignore_index out.")
+    if wanted is not None:
+        raise ValueError(f"foreground={foreground!r}: none of the {len(masks)} masks has it. {there} Pass the value to find.")

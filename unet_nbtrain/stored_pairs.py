@@ -83,15 +83,22 @@ class _Sources(Dataset):
         names: Sequence[str] | None = None,  # For messages; `None`: file names or numbers
         headers: Sequence[ImageHeader] | None = None,  # From `read_pair_header`; `None`: of files, image and mask are compared now
     ):
-        if len(images) != len(masks) or not len(images):
-            raise ValueError(f"{len(images)} images, {len(masks)} masks: there must be as many masks as images, and at least one.")
-        self.images, self.masks = ([Path(o) if isinstance(o, str) else o for o in given] for given in (images, masks))
+        self.images, self.masks = ([_source(o) for o in given] for given in (images, masks))
+        if len(self.images) != len(self.masks) or not self.images:
+            raise ValueError(f"{len(self.images)} images, {len(self.masks)} masks: there must be as many masks as images, and at least one.")
         self.image_size = as_size(image_size, "image_size")
         self.n_classes, self.foreground, self.ignore_index, self.colors = n_classes, as_values(foreground), ignore_index, colors
         headers = headers or [_header(*pair, n_channels) for pair in zip(self.images, self.masks)]
         self.n_channels = n_channels or common_channels({header.channels for header in headers})
         self.names = list(names or (o.name if isinstance(o, Path) else str(i) for i, o in enumerate(self.images)))
         self._memory, self._disk, self._decides, self._found = None, None, "", 0
+
+
+def _source(given):
+    "A file as a path, an array as it is; raises `TypeError` for anything else"
+    if isinstance(given, (np.ndarray, Path, str)):
+        return Path(given) if isinstance(given, str) else given
+    raise TypeError(f"images and masks are lists of files or of NumPy arrays, and this one has a {type(given).__name__}. Give tensor.numpy(), or np.array(…) of a picture.")
 
 
 def _header(image, mask, n_channels):
