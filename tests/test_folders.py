@@ -519,6 +519,16 @@ def test_a_bmp_of_8_bits_with_two_colors(tmp_path, colors):
     assert np.array_equal(read_image(path)[0], (LABELS > 1) * colors[3]) and read_header(path)[:2] == LABELS.shape
 
 
+@pytest.mark.parametrize("kind", ["png", "bmp", "tif"])
+def test_a_mask_whose_palette_has_white_first(tmp_path, kind):
+    seen = LABELS > 1
+    path = save(tmp_path / f"two.{kind}", Image.fromarray(np.dstack([seen.astype(np.uint8) * 255] * 3)).quantize(2))
+    with pytest.raises(ValueError, match=rf"two\.{kind}: its palette shows the value 0 as #ffffff and 1 as #000000.*colors=\['#000000', '#ffffff'\]"):
+        read_mask(path)
+    assert np.array_equal(read_mask(path, colors=["#000000", "#ffffff"]), seen) and np.array_equal(read_mask(path, colors=["#ffffff", "#000000"]), ~seen)
+    assert np.array_equal(read_mask(save(tmp_path / "two.gif", Image.fromarray(seen.astype(np.uint8) * 255).quantize(2))), seen)
+
+
 def test_masks_in_inks(tmp_path):
     black = np.dstack([LABELS * 0] * 3 + [np.where(LABELS > 1, 0, 255).astype(np.uint8)])
     path = save(tmp_path / "inks.tif", Image.fromarray(black, "CMYK"))

@@ -166,6 +166,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unet_nbtrain.colors._channels': ('colors.html#_channels', 'unet_nbtrain/colors.py'),
                                      'unet_nbtrain.colors._codes': ('colors.html#_codes', 'unet_nbtrain/colors.py'),
                                      'unet_nbtrain.colors._unknown': ('colors.html#_unknown', 'unet_nbtrain/colors.py'),
+                                     'unet_nbtrain.colors.check_palette': ('colors.html#check_palette', 'unet_nbtrain/colors.py'),
                                      'unet_nbtrain.colors.color_code': ('colors.html#color_code', 'unet_nbtrain/colors.py'),
                                      'unet_nbtrain.colors.color_name': ('colors.html#color_name', 'unet_nbtrain/colors.py'),
                                      'unet_nbtrain.colors.color_table': ('colors.html#color_table', 'unet_nbtrain/colors.py'),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .colors import color_table, count_colors, paint_to_classes
+from .colors import check_palette, color_table, count_colors, paint_to_classes
 from .raster import channels_first, decode_image, decode_values, is_grey, is_lossy, open_raster, orientation, page_count, reading
 
 # %% ../nbs/05_image_files.ipynb #1310b52e
@@ -133,7 +133,7 @@ def _labels(source, colors):
             return _narrow(paint_to_classes(_paint(mask), color_table(colors))), lossy
         if isinstance(mask, np.ndarray):
             return _narrow(_one_plane(channels_first(mask, 1))), lossy
-        mask = decode_values(mask)
+        mask = decode_values(mask if mask.format == "GIF" else check_palette(mask))
         return _narrow(mask if mask.ndim == 2 else _without_color(mask)), lossy
 
 
