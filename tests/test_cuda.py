@@ -17,6 +17,7 @@ from unet_nbtrain import UNet, UNetPredictor, UNetTrainer, create_loss_function,
 from unet_nbtrain.batch_size import auto_batch
 from unet_nbtrain.core import Carrier, move
 from unet_nbtrain.enlarge import enlarge
+from unet_nbtrain.epoch import averaged_model, follow
 from unet_nbtrain.guard import FiniteGuard
 from unet_nbtrain.quick_step import quick_step
 from unet_nbtrain.trial import find_rate, try_one_batch
@@ -514,6 +515,23 @@ def test_predictions_are_those_of_the_cpu(tmp_path):
 def test_an_average_of_weights_lies_on_the_card(tmp_path):
     made = trained(tmp_path, ema_decay=0.9)
     assert all(value.device.type == "cuda" for value in made.averaged.module.state_dict().values())
+
+
+def test_an_average_of_weights_passes_over_a_bad_step_and_costs_few_kernels(tmp_path):
+    images, masks = data(16).tensors
+    images[8:12] = torch.nan
+    batches = list(zip(images.split(4), masks.split(4)))
+    model = trained(tmp_path, epochs=1, load=(batches, batches[:1]), ema_decay=0.5).averaged
+    assert model.n_averaged == 3 and all(value.isfinite().all() for value in model.state_dict().values())
+    one, other, new = averaged_model(model), averaged_model(model), copy.deepcopy(model)
+    torch._foreach_mul_(list(new.parameters()), 3.0)
+    follow(one, new, 0.9, torch.ones((), device=CUDA))
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        follow(one, new, 0.9, torch.zeros((), device=CUDA))
+    follow(other, new, 0.9)
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(one.parameters(), other.parameters()))
+    assert 0 < sum(event.count for event in seen.key_averages()) < 80
 
 
 def test_all_observers(tmp_path):

@@ -307,6 +307,43 @@ def test_no_step_reads_a_number_or_makes_a_tensor_of_one(tmp_path, options):
     assert found[0] == found[1] and found[0][0] > 0
 
 
+class Blind:
+    """As on a card: whether a step was good is known to the device alone"""
+
+    def on_run_start(self, trainer):
+        trainer._guard._view = None
+
+
+def test_the_average_costs_a_step_a_few_operations_however_many_tensors_there_are(make, loaders):
+    found = {}
+    for options in ({}, {"ema_decay": 0.9}):
+        for epochs in (2, 4):
+            trainer = make(f"{epochs}{options}", data=list(map(list, loaders)), observers=[Blind()], **options)
+            with Operations() as done:
+                trainer.train(epochs)
+            found[len(options), epochs] = sum(count for name, count in done.counts.items() if name != "detach")
+    more_steps = 2 * len(loaders[0])
+    assert (found[1, 4] - found[1, 2]) - (found[0, 4] - found[0, 2]) < 12 * more_steps
+
+
+def test_an_average_that_would_begin_with_a_bad_step_of_which_only_the_device_knows_holds_good_numbers(make, loaders):
+    (images, masks), *rest = [tuple(batch.clone() for batch in pair) for pair in loaders[0]]
+    images, broken = images.float(), images.float() * math.nan
+    watch = Watch(lambda trainer: setattr(trainer, "ema_decay", 0.5))
+    trainer = make(data=([(images, masks), (broken, masks), (images, masks)], loaders[1]), observers=[Blind(), watch])
+    trainer.train(1)
+    assert trainer.history.rows[0]["skipped_steps"] == len(trainer.history.events) == 1
+    assert all(value.isfinite().all() for value in state_of(trainer.averaged.module).values())
+
+
+def test_a_mask_of_infinities_among_the_buffers_is_no_bad_number_to_the_average(make):
+    model = UNet(3, 1, width=4, depth=1)
+    model.register_buffer("seen", torch.tensor([0.0, -math.inf]))
+    trainer = make(model=model, ema_decay=0.9)
+    trainer.train(2)
+    assert trainer.averaged.module.seen.tolist() == [0.0, -math.inf] and not trainer.history.events
+
+
 # Ends and beginnings that cross each other
 
 

@@ -584,6 +584,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'unet_nbtrain.epoch._Sums.reset': ('epoch.html#_sums.reset', 'unet_nbtrain/epoch.py'),
                                     'unet_nbtrain.epoch._Sums.update': ('epoch.html#_sums.update', 'unet_nbtrain/epoch.py'),
                                     'unet_nbtrain.epoch._are_labels': ('epoch.html#_are_labels', 'unet_nbtrain/epoch.py'),
+                                    'unet_nbtrain.epoch._mixed_and_taken': ('epoch.html#_mixed_and_taken', 'unet_nbtrain/epoch.py'),
                                     'unet_nbtrain.epoch._wrong_shapes': ('epoch.html#_wrong_shapes', 'unet_nbtrain/epoch.py'),
                                     'unet_nbtrain.epoch._wrong_values': ('epoch.html#_wrong_values', 'unet_nbtrain/epoch.py'),
                                     'unet_nbtrain.epoch.averaged_model': ('epoch.html#averaged_model', 'unet_nbtrain/epoch.py'),

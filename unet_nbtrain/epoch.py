@@ -159,23 +159,35 @@ def averaged_model(
     """
     average = AveragedModel(copyable(unwrap(model)), next(model.parameters()).device)
     average.n_averaged.fill_(1)
+    average.taken_over = {name for name, o in average.module.named_buffers() if not (o.is_floating_point() and o.isfinite().all())}
     return average
 
 
 @torch.no_grad()
 def follow(
     average: AveragedModel,  # From `averaged_model`
-    model: nn.Module,  # The model in training, perhaps wrapped
+    model: nn.Module,  # The model in training, perhaps wrapped; after a bad step as before it
     decay: float,  # Share of the old average in the new one, in (0, 1)
+    bad: torch.Tensor | None = None,  # 0-dim on the device: 1 if the step was bad and the average stays, else 0; `None`: it was good
 ) -> None:
-    "One more step: `decay * average + (1 - decay) * weights`; what is no fraction (a count of batches) is taken over. Nothing is read from the device."
-    mine, theirs = ([*one.parameters(), *one.buffers()] for one in (average.module, unwrap(model)))
-    pairs = [(a, b) for a, b in zip(mine, theirs) if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
-    for a, b in zip(mine, theirs):
-        if not a.is_floating_point():
-            a.copy_(b)
-    average.n_averaged += 1
+    "One more step: `decay * average + (1 - decay) * weights`; a buffer that is no finite fraction (a count of batches, a mask of infinities) is taken over. Nothing is read from the device."
+    (mine, counts), (theirs, new) = (_mixed_and_taken(one, average.taken_over) for one in (average.module, unwrap(model)))
+    if bad is None:
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
+    else:
+        apart = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(apart, (1 - bad) * (1 - decay))
+        torch._foreach_add_(mine, apart)
+    if counts:
+        torch._foreach_copy_(counts, new)
+    average.n_averaged += 1 if bad is None else bad == 0
+
+
+def _mixed_and_taken(model, taken_over):
+    "Weights and buffers that are averaged, and buffers that are taken over"
+    buffers = dict(model.named_buffers())
+    mixed = [*model.parameters(), *(o for name, o in buffers.items() if name not in taken_over)]
+    return mixed, [buffers[name] for name in buffers if name in taken_over]
 
 # %% ../nbs/13_epoch.ipynb #691018b3
 class _Sums:

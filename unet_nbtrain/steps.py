@@ -25,16 +25,12 @@ class _Averaging(TrainerState):
         "One more step into the average, if there shall be one; it begins with the first step for which somebody wants it"
         if self.ema_decay is None:
             self.averaged = None
+        elif verdict.known:
             return
-        if verdict.known:
-            return
-        if self.averaged is None:
+        elif self.averaged is None:
             self.averaged = averaged_model(self.model)
-            return
-        before = {} if verdict.known is False else {k: v.clone() for k, v in self.averaged.state_dict().items()}
-        follow(self.averaged, self.model, self.ema_decay)
-        if before:
-            self.averaged.load_state_dict(verdict.pick(before, self.averaged.state_dict()))
+        else:
+            follow(self.averaged, self.model, self.ema_decay, verdict.flag if verdict.known is None else None)
 
     @contextmanager
     def _evaluated(self):
@@ -73,8 +69,8 @@ class _Stepping(_Averaging):
         else:
             self._guard.step(self.optimizer, verdict)
         self._drop_gradients()
-        self._average(verdict)
         self._undo(verdict)
+        self._average(verdict)
         if self._unit == "step":
             step_scheduler(self.scheduler, "step")
         self.global_step += 1
