@@ -18,7 +18,7 @@ from unet_nbtrain.batch_size import auto_batch
 from unet_nbtrain.core import Carrier, move
 from unet_nbtrain.enlarge import enlarge
 from unet_nbtrain.epoch import averaged_model, follow
-from unet_nbtrain.guard import FiniteGuard
+from unet_nbtrain.guard import FiniteGuard, is_out_of_memory
 from unet_nbtrain.quick_step import quick_step
 from unet_nbtrain.trial import find_rate, try_one_batch
 
@@ -532,6 +532,20 @@ def test_an_average_of_weights_passes_over_a_bad_step_and_costs_few_kernels(tmp_
     follow(other, new, 0.9)
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(one.parameters(), other.parameters()))
     assert 0 < sum(event.count for event in seen.key_averages()) < 80
+
+
+def test_an_engine_that_is_not_found_means_a_full_card():
+    error = RuntimeError("FIND was unable to find an engine to execute this computation")
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    if free < 0.8 * total:
+        pytest.skip("somebody else is at work on the card")
+    assert not is_out_of_memory(error)
+    block = torch.empty(int(0.6 * total), dtype=torch.uint8, device=CUDA)
+    assert is_out_of_memory(error)
+    del block  # The cache of PyTorch is not in use
+    assert not is_out_of_memory(error)
+    torch.cuda.empty_cache()
 
 
 def test_all_observers(tmp_path):

@@ -796,6 +796,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'unet_nbtrain.guard._Sent.is_here': ('guard.html#_sent.is_here', 'unet_nbtrain/guard.py'),
                                     'unet_nbtrain.guard._Sent.read': ('guard.html#_sent.read', 'unet_nbtrain/guard.py'),
                                     'unet_nbtrain.guard._flat': ('guard.html#_flat', 'unet_nbtrain/guard.py'),
+                                    'unet_nbtrain.guard._is_half_full': ('guard.html#_is_half_full', 'unet_nbtrain/guard.py'),
                                     'unet_nbtrain.guard.is_out_of_memory': ('guard.html#is_out_of_memory', 'unet_nbtrain/guard.py')},
             'unet_nbtrain.history': { 'unet_nbtrain.history.History': ('history.html#history', 'unet_nbtrain/history.py'),
                                       'unet_nbtrain.history.History.__repr__': ('history.html#history.__repr__', 'unet_nbtrain/history.py'),

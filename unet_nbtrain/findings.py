@@ -23,6 +23,7 @@ _ADVICE = (
     ("DataLoader worker", "A process that loads data has died, often for want of memory. Use fewer workers, or num_workers=0 to see the error itself."),
     ("shared memory", "Use fewer workers, or start the container with more shared memory (--shm-size)."),
     ("FloatingPointError", "Lower the learning rate or clip the gradients under Settings, then press Continue."),
+    ("unable to find an engine", "cuDNN found no way to compute a convolution. Where one image alone fails too, this PyTorch is not made for this card; else its memory is full: make the batches smaller."),
     ("CUDA error", "The device is in an unknown state. Restart the kernel; the panel then offers to go on from the last checkpoint."),
     ("modified by an inplace operation", "Another cell or another panel changed the weights while they were trained. Do that while no training goes on, and press Continue."),
     ("FileNotFoundError", "A file was moved or removed. Put it back and press Continue."),

@@ -280,10 +280,20 @@ class BadSteps(_Noted):
 _FULL = re.compile(r"can't allocate memory|out of memory|bad_alloc|_STATUS_ALLOC_FAILED|could not (create a memory object|(create|execute) a primitive(?! descriptor))")
 
 
+_NO_ENGINE = re.compile(r"unable to find (an engine to execute|a valid cuDNN algorithm)", re.IGNORECASE)
+
+
 def is_out_of_memory(
     error: BaseException,  # What a step raised
 ) -> bool:
     "Whether an error says, or most likely means, that the memory of the device, or of the machine, is full."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return _FULL.search(text) is not None or (_NO_ENGINE.search(text) is not None and _is_half_full())
+
+
+def _is_half_full():
+    "Whether more than half of the card's memory is in use"
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_initialized() else (1, 1)
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < total / 2
