@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from unet_nbtrain import UNet, UNetPredictor, UNetTrainer, create_loss_function, verify_resume
-from unet_nbtrain.batch_size import auto_batch
+from unet_nbtrain.batch_size import auto_batch, try_size
 from unet_nbtrain.core import Carrier, move
 from unet_nbtrain.enlarge import enlarge
 from unet_nbtrain.epoch import averaged_model, follow
@@ -481,6 +481,17 @@ def test_auto_batch_finds_the_edge(tmp_path):
         found = auto_batch(made, most=256)
     gc.collect()
     assert 4 < found.largest < 256 and torch.cuda.memory_allocated() - memory < 1e6
+
+
+def test_a_tried_batch_has_room_for_an_average_and_for_gathered_gradients(tmp_path):
+    wide, sample = (lambda: UNet(1, 1, width=64, depth=3)), data(1).tensors
+    plain = trainer(tmp_path, model=wide)
+    size = sum(p.numel() * p.element_size() for p in plain.model.parameters())
+    need = {}
+    for options in ({}, {"ema_decay": 0.9}, {"accumulate_gradients": 2}):
+        need[str(options)] = try_size(trainer(tmp_path, model=wide, **options), sample, 1).memory
+    bare, averaged, gathered = need.values()
+    assert averaged - bare > 0.8 * size and gathered >= bare
 
 
 def test_nothing_stays_on_the_card(tmp_path):

@@ -82,6 +82,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'unet_nbtrain/batch_size.py'),
                                          'unet_nbtrain.batch_size._Sized.__len__': ( 'batch_size.html#_sized.__len__',
                                                                                      'unet_nbtrain/batch_size.py'),
+                                         'unet_nbtrain.batch_size._as_it_came': ( 'batch_size.html#_as_it_came',
+                                                                                  'unet_nbtrain/batch_size.py'),
                                          'unet_nbtrain.batch_size._batch_of': ('batch_size.html#_batch_of', 'unet_nbtrain/batch_size.py'),
                                          'unet_nbtrain.batch_size._clear': ('batch_size.html#_clear', 'unet_nbtrain/batch_size.py'),
                                          'unet_nbtrain.batch_size._double': ('batch_size.html#_double', 'unet_nbtrain/batch_size.py'),

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from .core import move, split_batch
+from .core import dataset_attribute, move, split_batch
 from .epoch import EpochMeter
-from .guard import is_out_of_memory
+from .guard import BadSteps, is_out_of_memory
+from .tally import RunningMean
 from .text import text_table
 from .trial import Twin, no_trace, some_batches
 from .ways import searched_kernels
@@ -78,6 +79,8 @@ def _double(trainer, size):
     double = twin._trainer
     double.optimizer, double.scheduler, double.averaged = twin.optimizer, None, None
     double.train_loader, double.phase, double.parts_per_batch = _Sized(size), "train", 1
+    double._train_meter, double._norms, double._bad_steps, double._losses = EpochMeter(double.ignore_index, double.threshold), RunningMean(), BadSteps(), []
+    double._boundary = 0, 0
     double._report = lambda text, mark=True: None
     double._adopt_optimizer()
     try:
@@ -87,18 +90,15 @@ def _double(trainer, size):
         double.optimizer.zero_grad(set_to_none=True)
 
 
-def _one_step(double, images, masks):
-    "Forward, backward and optimizer, as in a run"
-    loss, *_ = double._forward(images, masks, EpochMeter(double.ignore_index, double.threshold))
-    (double.scaler.scale(loss) if double.scaler else loss).backward()
-    if double.gradient_clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(double._parameters, double.gradient_clip_norm)
-    if double.scaler:
-        double.scaler.step(double.optimizer)
-        double.scaler.update()
-    else:
-        double.optimizer.step()
-    double.optimizer.zero_grad(set_to_none=True)
+def _one_step(double, images, masks, change):
+    "One step as in a run, also with what it gathers and averages; returns of how many batches it was"
+    double._guard.keep()
+    batches = min(double.accumulate_gradients, 2)
+    for batch in range(batches):
+        loss, *_ = double._forward(*change(images, masks, 0, batch), double._train_meter)
+        double._backward(loss)
+    double._optimizer_step(None)
+    return batches
 
 # %% ../nbs/18_batch_size.ipynb #3cbaea4d
 def _clear(device):
@@ -108,17 +108,20 @@ def _clear(device):
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def _as_it_came(images, masks, epoch, batch):
+    return images, masks
+
+
 def _steps(trainer, sample, size, steps):
-    "How long a step takes, and the peak of the memory"
+    "How long a batch takes, and the peak of the memory"
     device = trainer.device
-    images, masks = _batch_of(sample, size, trainer)
+    batch = *_batch_of(sample, size, trainer), dataset_attribute(trainer.train_loader, "batch_transform") or _as_it_came
     with _double(trainer, size) as double, torch.enable_grad():
         for _ in range(2):
-            _one_step(double, images, masks)
+            _one_step(double, *batch)
         began = _waited(device)
-        for _ in range(steps):
-            _one_step(double, images, masks)
-        seconds = (_waited(device) - began) / steps
+        batches = sum(_one_step(double, *batch) for _ in range(steps))
+        seconds = (_waited(device) - began) / batches
     return seconds, torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
