@@ -274,7 +274,7 @@ def aside(folder):
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["resume", "load_checkpoint"])
 def test_a_run_that_comes_from_elsewhere_puts_the_one_that_is_there_aside(tmp_path, loaded):
-    """Two attempts from one file, in one folder: the first attempt is still there. Its own files, and what was put aside, move nothing"""
+    """Two attempts from one file, in one folder: the first attempt is still there. Its own files move nothing"""
     trainer_of(tmp_path / "first", ours()).train(1)
     trainer_of(tmp_path / "second", ours()).train(2, resume=tmp_path / "first" / "checkpoints" / "last.pth")
     best, source = ((tmp_path / name / "checkpoints" / "best_model.pth").read_bytes() for name in ("second", "first"))
@@ -287,9 +287,8 @@ def test_a_run_that_comes_from_elsewhere_puts_the_one_that_is_there_aside(tmp_pa
         again.train(3, resume=tmp_path / "first")
     assert aside(tmp_path / "second")[1] == best and (tmp_path / "first" / "checkpoints" / "best_model.pth").read_bytes() == source
     assert (tmp_path / "second" / "checkpoints" / "best_model.pth").exists()
-    for file in ("last.pth", "replaced/last.pth"):
-        trainer_of(tmp_path / "second", ours()).train(4, resume=tmp_path / "second" / "checkpoints" / file)
-        assert aside(tmp_path / "second")[1] == best
+    trainer_of(tmp_path / "second", ours()).train(4, resume=tmp_path / "second" / "checkpoints" / "last.pth")
+    assert aside(tmp_path / "second")[1] == best
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
@@ -306,6 +305,44 @@ def test_a_run_that_goes_on_from_its_own_folder_moves_nothing(tmp_path, monkeypa
     (folder / "link.pth").symlink_to(tmp_path / "elsewhere.pth")
     trainer_of(tmp_path / "run", ours()).train(3, resume=folder / "link.pth")
     assert not (folder / "replaced").exists()
+
+
+def files_in(folder):
+    """The contents of all checkpoints of a folder and the folders in it"""
+    return {path.read_bytes() for path in folder.rglob("*.pth")}
+
+
+@pytest.mark.parametrize("way", ["folder", "last.pth", "epoch_0002.pth", "load_checkpoint"])
+def test_going_on_with_the_run_that_was_put_aside_loses_no_file(tmp_path, caplog, way):
+    """Both lines stay, also where it goes on from an older file, and the second time"""
+    scripted(tmp_path, 3, 2, 1, 4).train(4)
+    scripted(tmp_path, 8, 7).train(2)
+    place = tmp_path / "checkpoints"
+    best = aside(tmp_path)[1]
+    for turn in (1, 2):
+        before, again = files_in(place), scripted(tmp_path, 3, 2, 1, 4, 0.5, 6)
+        caplog.clear()
+        if way == "load_checkpoint":
+            again.load_checkpoint(place / "replaced" / "last.pth")
+            again.train(1)
+        else:
+            again.train(5, resume=place / "replaced" / (way if "." in way else ""))
+        assert before <= files_in(place) and f"which is now {place / f'replaced_{turn}'}" in caplog.text
+        assert best_in(place)[0] == again.history.best["epoch"]
+    assert (place / "replaced_1" / "best_model.pth").read_bytes() == best
+
+
+class FirstFile:
+    """Whether there is a file when a run begins"""
+
+    def on_run_start(self, trainer):
+        self.is_there = (trainer.checkpoint_dir / "last.pth").exists()
+
+
+def test_a_run_that_came_from_elsewhere_has_a_file_before_its_first_step(tmp_path):
+    trainer_of(tmp_path / "first", ours()).train(1)
+    trainer_of(tmp_path / "second", ours(), observers=[look := FirstFile()]).train(2, resume=tmp_path / "first")
+    assert look.is_there
 
 
 def test_a_fine_tuning_in_the_same_object_puts_the_first_run_aside(tmp_path):

@@ -1556,6 +1556,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'unet_nbtrain/restore.py'),
                                       'unet_nbtrain.restore.earlier_session': ('restore.html#earlier_session', 'unet_nbtrain/restore.py'),
                                       'unet_nbtrain.restore.has_best': ('restore.html#has_best', 'unet_nbtrain/restore.py'),
+                                      'unet_nbtrain.restore.leave_replaced': ('restore.html#leave_replaced', 'unet_nbtrain/restore.py'),
                                       'unet_nbtrain.restore.list_checkpoints': ('restore.html#list_checkpoints', 'unet_nbtrain/restore.py'),
                                       'unet_nbtrain.restore.load_best': ('restore.html#load_best', 'unet_nbtrain/restore.py'),
                                       'unet_nbtrain.restore.other_training': ('restore.html#other_training', 'unet_nbtrain/restore.py'),

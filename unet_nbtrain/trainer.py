@@ -26,6 +26,7 @@ from .optimizers import create_optimizer
 from .parts import plateau_metric, schedule_misfit
 from .passes import Passes
 from .process import kept_memory, quick_handover
+from .restore import leave_replaced
 from .schedulers import create_scheduler, step_scheduler
 from .settings import check_setting
 from .steps import RolledBack
@@ -159,7 +160,7 @@ class _Endings(_EpochEnds):
             self._spent, self._began = self.epoch_seconds, self.run.elapsed
             self._save()
 
-# %% ../nbs/17_trainer.ipynb #e95735c8
+# %% ../nbs/17_trainer.ipynb #91eebfab
 def _let_go(error):
     "Drop the frames of an error and of those behind it, which would hold the last batch in memory"
     while error is not None:
@@ -167,7 +168,7 @@ def _let_go(error):
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
-
+# %% ../nbs/17_trainer.ipynb #e95735c8
 class _Life(_Endings):
     "Beginning, course and end of one run, in whatever thread"
 
@@ -202,6 +203,8 @@ class _Life(_Endings):
         self.scaler = fresh_scaler(self.scaler)  # That of a step which an error broke off refuses the next
         self._open_feeds()
         self._recall_last()
+        if self._came:
+            self._origin = leave_replaced(self._folder, self.run_dir, self._origin)
         self._make_room()
         if self.global_step == 0:
             self._gone_back, self._images_are_bad = set(), False
@@ -209,6 +212,8 @@ class _Life(_Endings):
             self._infinite_at_start = [name for name, o in weights if torch.is_tensor(o) and o.is_floating_point() and o.isinf().any()]
             if self._save() is None and self._poisoned:
                 raise FloatingPointError(f"The model holds NaN before its first step. {self._poisoned}")
+        elif not self._folder.last.exists():  # To go back to, in an accident
+            self._save()
         if text := schedule_misfit(self.scheduler, self._unit, self.total_epochs, length_of(self.train_loader), self.accumulate_gradients, self.progress):
             _log.warning("%s", text)
         self.observers.notify("on_run_start", self)
