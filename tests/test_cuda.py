@@ -559,6 +559,13 @@ def test_an_engine_that_is_not_found_means_a_full_card():
     torch.cuda.empty_cache()
 
 
+def test_the_last_weights_wait_in_main_memory(tmp_path):
+    whole, made = trained(tmp_path, "whole", 3), trained(tmp_path, "parts", 2)
+    assert all(value.device.type == "cpu" for value in made._last_weights.weights.values())
+    made.train(1)
+    assert losses(made) == losses(whole)
+
+
 def test_all_observers(tmp_path):
     logging.disable(logging.NOTSET)
     torch.manual_seed(0)

@@ -2,7 +2,9 @@
 
 import copy
 import errno
+import os
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -427,3 +429,18 @@ def test_a_loader_that_prepares_otherwise_is_told(classes, binary, caplog):
     inverted = create_dataloaders(home / "images", home / "masks", foreground=0, **options)[1]
     with pytest.raises(ValueError, match=r"foreground is None for the model and 0 for the loader.*background for the other"):
         evaluate(home / "run", inverted, device="cpu")
+
+
+def test_an_old_file_that_is_taken_before_that_of_the_newest_run_is_told(tmp_path, monkeypatch, caplog):
+    """`checkpoints/best_model.pth` is there from another day, and the training of today made a folder of its own in runs/"""
+    monkeypatch.chdir(tmp_path)
+    asked = Path("checkpoints/best_model.pth")
+    for path, day in ((asked, 1.6e9), (Path("runs/today/checkpoints/best_model.pth"), 1.7e9)):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+        os.utime(path, (day, day))
+    assert find_checkpoint(asked) == asked
+    assert f"Taken is {asked}, as it was asked for. A newer one is {path}." in caplog.text
+    caplog.clear()
+    os.utime(asked, (1.8e9, 1.8e9))
+    assert find_checkpoint(asked) == asked and not caplog.records

@@ -273,9 +273,8 @@ class LastWeights:
         model: nn.Module,  # The model at the end of a run
         best: BestWeights,  # What it shall carry from now on
     ) -> None:
-        "Copy the model's weights, and put the best ones in."
-        kept = unwrap(model).state_dict().items()
-        self.weights = {name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in kept}
+        "Copy the model's weights into main memory, and put the best ones in."
+        self.weights = {name: _copy_of(value) for name, value in unwrap(model).state_dict().items()}
         best.restore(model)
         self._put_in = best.state_dict()
 

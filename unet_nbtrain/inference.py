@@ -50,14 +50,14 @@ def find_checkpoint(
 
 def _of_newest_run(path):
     "What `checkpoints/NAME` means where no such file is: that of the newest run in `runs/`, if it has it; any other path is itself"
-    if path.parent != Path("checkpoints") or path.exists():
+    if path.parent != Path("checkpoints"):
         return path
     newest = max(Path("runs").glob("*/checkpoints/*.pth"), key=lambda file: file.stat().st_mtime, default=path)
-    meant = newest.with_name(path.name)
-    if not meant.is_file():
+    is_there, meant = path.exists(), newest.with_name(path.name)
+    if not meant.is_file() or is_there and meant.stat().st_mtime <= path.stat().st_mtime:
         return path
-    _log.warning("There is no file %s here. Taken is %s, of the newest run in runs/.", path, meant)
-    return meant
+    _log.warning("Taken is %s, as it was asked for. A newer one is %s." if is_there else "There is no file %s here. Taken is %s, of the newest run in runs/.", path, meant)
+    return path if is_there else meant
 
 # %% ../nbs/15_inference.ipynb #13bfd7bb
 def _rebuild(state, path):
