@@ -22,6 +22,9 @@ from .sampling import find_within
 from .tally import Counting, RunningMean
 
 # %% ../nbs/13_epoch.ipynb #3a2a98e5
+_COMPUTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
 def check_batch(
     images: torch.Tensor,  # (N, C, H, W), before it goes to the device
     masks: torch.Tensor,  # (N, H, W) or (N, 1, H, W)
@@ -31,6 +34,9 @@ def check_batch(
     which: str = "first batch",  # What it is called in an error
 ) -> None:
     "Look at the first batch and raise `ValueError` with the remedy if a training on such batches cannot work."
+    for name, given, remedy in (("images", images, "images.float() / 65535 where they have 16 bits"), ("masks", masks, "masks.long()")):
+        if given.dtype not in _COMPUTABLE:
+            raise ValueError(f"The {name} of the {which} are {given.dtype}, with which PyTorch hardly computes. Convert them: {remedy}.")
     if images.ndim != 4 or not len(images):
         raise ValueError(f"Images must have shape (N, C, H, W); the {which} has {tuple(images.shape)}.")
     plane = masks[:, 0] if masks.ndim == 4 and masks.shape[1] == 1 else masks
