@@ -576,3 +576,17 @@ logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
 def test_a_mode_that_does_nothing_here_is_told(tmp_path, caplog):
     trained(tmp_path, cuda_graph=True)
     assert "cuda_graph=True is for CUDA; on cpu" in caplog.text
+
+
+def test_a_way_may_be_changed_from_a_switch_to_a_word(tmp_path):
+    trainer = UNetTrainer(UNet(1, 1, width=4, depth=2), loader(), loader(6), device="cpu", run_dir=tmp_path / "run", observers=[], channels_last=True)
+    assert trainer.set("channels_last", "auto") == "channels_last True → auto"
+    assert [event["text"] for event in trainer.history.events] == ["channels_last True → auto"]
+
+
+def test_a_number_without_end_is_refused_and_ends_no_run(tmp_path):
+    trainer = UNetTrainer(UNet(1, 1, width=4, depth=2), loader(), loader(6), device="cpu", run_dir=tmp_path / "run", observers=[])
+    run = trainer.start(10_000)
+    asked = run.set("epochs", 10**400)
+    assert not asked.wait(30) and "epochs must be a whole number" in asked.message
+    assert run.state == "running" and run.stop().wait(30) and run.wait(30)

@@ -46,8 +46,8 @@ def to_plain(
     if isinstance(value, Mapping):
         plain = {k if type(k) in _LOADS_SAFELY else to_plain(k, where): v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{k!r}]", of_tensor) for k, v in value.items()}
         return next((kind(plain) for kind in (OrderedDict, Counter) if isinstance(value, kind)), plain)
-    if isinstance(value, (list, tuple, set)):
-        return type(value)(v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{i}]", of_tensor) for i, v in enumerate(value))
+    if kind := next((o for o in (list, tuple, set) if isinstance(value, o)), None):  # A named tuple becomes a tuple
+        return kind(v if type(v) in _LOADS_SAFELY else to_plain(v, f"{where}[{i}]", of_tensor) for i, v in enumerate(value))
     if hasattr(value, "tolist"):
         return value.tolist()
     for base in (bool, int, float, str):

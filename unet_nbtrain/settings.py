@@ -12,6 +12,9 @@ from operator import attrgetter
 from typing import NamedTuple
 
 # %% ../nbs/10_settings.ipynb #c4a1b211
+_MOST = 2**63  # A larger whole number fits into no tensor
+
+
 class Rule(NamedTuple):
     "Which values a live setting may have."
 
@@ -31,12 +34,13 @@ class Rule(NamedTuple):
         self,
         value: object,  # Any value
     ) -> bool:  # Whether it may be taken
-        "Whether a value fits the rule; a bool is not a number, and neither is NaN or infinity."
+        "Whether a value fits the rule; a bool is not a number, and neither is NaN, infinity, or what no computer counts to."
         if value is None:
             return self.optional
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
-        return self.least <= value < self.below and (value > self.least or self.whole or self.reached)
+        top = min(self.below, _MOST) if isinstance(value, Integral) else self.below
+        return self.least <= value < top and (value > self.least or self.whole or self.reached)
 
     def plain(
         self,

@@ -255,7 +255,8 @@ class TrainerState(_Numbers):
         before = getattr(*self._where(name))
         self._put(name, value)
         self.changed_settings[name] = value
-        text = f"{name} {before:g} → {value:g}" if isinstance(before, (int, float)) and value is not None else f"{name} {before} → {value}"
+        numbers = all(isinstance(o, (int, float)) and not isinstance(o, bool) for o in (before, value))
+        text = f"{name} {before:g} → {value:g}" if numbers else f"{name} {before} → {value}"
         self.history.mark("set", self.progress, self.global_step, text)
         return text
 
