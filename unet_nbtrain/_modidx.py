@@ -984,6 +984,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unet_nbtrain.loggers._Files.__init__': ('loggers.html#_files.__init__', 'unet_nbtrain/loggers.py'),
                                       'unet_nbtrain.loggers._Files._draw': ('loggers.html#_files._draw', 'unet_nbtrain/loggers.py'),
                                       'unet_nbtrain.loggers._Files._save': ('loggers.html#_files._save', 'unet_nbtrain/loggers.py'),
+                                      'unet_nbtrain.loggers._Files._tabulate': ('loggers.html#_files._tabulate', 'unet_nbtrain/loggers.py'),
                                       'unet_nbtrain.loggers._Files._try': ('loggers.html#_files._try', 'unet_nbtrain/loggers.py'),
                                       'unet_nbtrain.loggers._Screen': ('loggers.html#_screen', 'unet_nbtrain/loggers.py'),
                                       'unet_nbtrain.loggers._Screen.__init__': ('loggers.html#_screen.__init__', 'unet_nbtrain/loggers.py'),

@@ -178,7 +178,7 @@ class _Files:
         folder: str | os.PathLike,  # Where the files go; made when the first is written
         picture: Callable[[History], bytes] | None = None,  # Makes a PNG of the history, for `curves.png`
     ):
-        self.folder, self.picture, self._owed, self._refused = Path(folder), picture, False, False
+        self.folder, self.picture, self._owed, self._refused = Path(folder), picture, False, set()
         self.pace, self._picture_pace = Pace(share=0.0025, longest=5.0), Pace(share=0.05, longest=math.inf)
 
     def _save(self, history):
@@ -190,18 +190,20 @@ class _Files:
         with self._picture_pace.measured():
             atomic_write(self.folder / "curves.png", self.picture(history))
 
+    def _tabulate(self, history):
+        history.to_csv(self.folder / "history.csv")
+
     def _try(self, trainer, write):
-        "Write; a disk that refuses is told once, and asked again the next time"
+        "Write; the first refusal of a disk is told, and it is asked again the next time, until it takes all files"
         try:
             write(trainer.history)
-            self._refused = False
+            self._refused.discard(write)
         except OSError as error:
-            for pace in (self.pace, self._picture_pace):
-                pace.reset()
+            self.pace.reset()
             if not self._refused:
                 _log.error("The history cannot be written to %s.", self.folder, exc_info=True)
-                tell_problem(trainer, f"The history is not written: {error}. It is complete in memory and in the checkpoints, and is tried again after each epoch.")
-            self._refused = True
+                tell_problem(trainer, f"A file of the history is not written: {error}. All numbers are in memory and in the checkpoints, and it is tried again after each epoch.")
+            self._refused.add(write)
 
 # %% ../nbs/13_loggers.ipynb #b995572a
 class HistoryFiles(_Files):
@@ -209,6 +211,7 @@ class HistoryFiles(_Files):
 
     def on_run_start(self, trainer) -> None:
         "Remove what dead processes left half-written, and write the epochs that a resumed run has behind it."
+        self._refused.clear()
         sweep(self.folder)
         if len(trainer.history):
             self._try(trainer, self._save)
@@ -230,6 +233,6 @@ class HistoryFiles(_Files):
     def on_run_end(self, trainer, reason) -> None:
         "Write everything."
         self._try(trainer, self._save)
-        self._try(trainer, lambda history: history.to_csv(self.folder / "history.csv"))
+        self._try(trainer, self._tabulate)
         if self.picture:
             self._try(trainer, self._draw)
