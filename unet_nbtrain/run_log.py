@@ -22,6 +22,7 @@ import torch
 from .core import length_of
 from .events import tell_problem
 from .files import to_json
+from .settings import SETTINGS
 from .text import format_duration, format_rate, short_number
 
 _log = logging.getLogger(__name__)
@@ -41,15 +42,16 @@ def epoch_line(
     return "  ".join(part for part in parts if part)
 
 # %% ../nbs/11_run_log.ipynb #aefd915a
-_SETTINGS = ("current_epoch", "total_epochs", "global_step", "learning_rate", "seed", "gradient_clip_norm", "accumulate_gradients", "ema_decay",
-             "threshold", "save_every_n_epochs", "save_every_n_steps", "save_every_n_minutes", "save_top_k", "keep_epochs", "on_nonfinite", "nonfinite_limit", "on_bad_sample", "on_oom", "deterministic")
+_COUNTS = ("current_epoch", "total_epochs", "global_step", "learning_rate", "seed")
+_ELSEWHERE = ("lr", "epochs", "patience", "min_delta")  # Settings that are told by another name, or of early stopping
 
 
 def describe_run(
     trainer: object,  # A trainer; attributes that it lacks are left out
 ) -> dict:  # Plain data for a log: numbers and texts
     "What a run was started with: counters, settings, model, data sizes, device and versions; no paths and no environment."
-    told = {name: getattr(trainer, name) for name in _SETTINGS if isinstance(getattr(trainer, name, None), int | float | str)}
+    values = {name: getattr(trainer, name, None) for name in (*_COUNTS, *SETTINGS) if name not in _ELSEWHERE}
+    told = {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items() if isinstance(value, int | float | str | list)}
     waiting = {name: getattr(getattr(trainer, "early_stopping", None), name, None) for name in ("monitor", "patience", "min_delta")}
     told |= {name: value for name, value in waiting.items() if value not in (None, math.inf)}
     parts = {name: getattr(trainer, name, None) for name in ("model", "criterion", "optimizer", "scheduler")}
