@@ -254,10 +254,11 @@ class _Beginnings(_Life):
 class UNetTrainer(_Beginnings):
     """Train a segmentation model: `train(num_epochs)` here, or `start(num_epochs)` in the background.
 
-    Live settings: `gradient_clip_norm`, `accumulate_gradients`, `ema_decay`, `threshold`, `save_every_n_epochs`,
-    `save_every_n_steps`, `save_every_n_minutes`, `save_top_k`, `keep_epochs`, and what to do in an accident: `on_nonfinite`,
-    `nonfinite_limit`, `on_bad_sample`, `on_oom`; also as keywords here. Before a run: `compile`, `cuda_graph`, `channels_last`, `checkpoint` and `memory_budget` say how
-    a batch is computed, and `deterministic=True` buys bit-exactness on CUDA.
+    Live settings, also as keywords here: `lr`, `patience`, `min_delta`, `gradient_clip_norm`, `accumulate_gradients`,
+    `ema_decay`, `threshold`, `save_every_n_epochs`, `save_every_n_steps`, `save_every_n_minutes`, `save_top_k`, `keep_epochs`,
+    and what to do in an accident: `on_nonfinite`, `nonfinite_limit`, `on_bad_sample`, `on_oom`. Before a run: `compile`,
+    `cuda_graph`, `channels_last`, `checkpoint` and `memory_budget` say how a batch is computed, and `deterministic=True`
+    buys bit-exactness on CUDA.
     To read: `current_epoch`, `global_step`, `best_val_loss`, `early_stopping`, `history`, `model`, `run`, `observers`.
     """
 

@@ -32,7 +32,7 @@ def differences(
     other: object,  # Another one
     name: str = "",  # Where in the state this is
 ) -> Iterator[str]:  # One sentence for each entry that differs
-    "Name what differs between two states, bit by bit; times and marks are left out."
+    "Name what differs between two states, bit by bit; times, marks, settings and the plan are left out."
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for key in dict.fromkeys([*one, *other]):
             if key not in _MAY_DIFFER:
@@ -130,7 +130,7 @@ def verify_resume(
 ) -> ResumeReport:  # Says in words what it found
     """Prove on copies of this trainer that an interrupted run continues bit for bit, or name what differs.
 
-    Takes the time of about 2.5 times as many steps, of the validations between them and of a few checkpoints. Raises
+    Takes the time of three times as many steps, of the validations between them and of a few checkpoints. Raises
     `ValueError` for fewer than 2 steps, `RuntimeError` while the trainer runs.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
