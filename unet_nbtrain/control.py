@@ -213,13 +213,13 @@ def living_runs() -> list["Run"]:  # In no order
 
 
 @atexit.register
-def _stop_all(living=living_runs):
-    "The end of the process is a Stop for all runs in the background"
-    runs = living()
+def _stop_all(aside=_aside, patience=_LAST_SECONDS):
+    "The end of the process is a Stop for all runs in the background; one that has ended is not waited for"
+    runs = list(aside)
     for run in runs:
         run.stop()
     for run in runs:
-        run.wait(_LAST_SECONDS)
+        run.wait(patience)
 
 # %% ../nbs/10_control.ipynb #754d75cc
 class Run(_Obedient):
