@@ -1,5 +1,6 @@
 """Features of a whole training through the public API: averages, kept checkpoints, endings, settings, class names."""
 
+import contextlib
 import math
 import signal
 import threading
@@ -10,6 +11,7 @@ import torch
 from counting import MADE_ON_HOST, Operations
 
 from unet_nbtrain import EarlyStopping, SegmentationMetrics, UNet, UNetPredictor, UNetTrainer, create_scheduler, demo_dataloaders, evaluate
+from unet_nbtrain.guard import FiniteGuard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -342,6 +344,26 @@ def test_a_mask_of_infinities_among_the_buffers_is_no_bad_number_to_the_average(
     trainer = make(model=model, ema_decay=0.9)
     trainer.train(2)
     assert trainer.averaged.module.seen.tolist() == [0.0, -math.inf] and not trainer.history.events
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no room")], ids=["interrupt", "full memory"])
+def test_the_norm_of_a_step_that_is_done_again_counts_once(make, loaders, monkeypatch, error):
+    """Broken off between the look at the length of the gradient and the step itself"""
+    judge, calls, seen = FiniteGuard.judge, [], []
+
+    def breaks(guard, *args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return judge(guard, *args, **options)
+
+    monkeypatch.setattr(FiniteGuard, "judge", breaks)
+    trainer = make(gradient_clip_norm=1.0, observers=[Watch(lambda trainer: seen.append((trainer.global_step, trainer._norms.weight)))])
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train(1)
+    if trainer.current_epoch == 0:
+        trainer.train(1)
+    assert len(calls) == 3 and seen == [(1, 1), (2, 2)]
 
 
 # Ends and beginnings that cross each other

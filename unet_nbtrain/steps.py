@@ -60,9 +60,11 @@ class _Stepping(_Averaging):
             self.scaler.unscale_(self.optimizer)
         if weights is not None:
             torch._foreach_div_(self._gradients(), weights.where(weights > 0, 1) if torch.is_tensor(weights) else weights)
-        self._measure_and_clip()
+        norm = self._measured_and_clipped()
         verdict = self._guard.judge(self.optimizer, self._losses, gradients=self.scaler is None)
         self._stepping = self.optimizer._opt_called = True  # To a schedule a refused step is a step too; one of PyTorch's would warn
+        if norm is not None:  # From here on nothing is taken back and done again
+            self._norms.update(norm.nan_to_num(0.0, 0.0), norm.isfinite())
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -94,15 +96,13 @@ class _Stepping(_Averaging):
     def _gradients(self):
         return [p.grad for p in self._parameters if p.grad is not None]
 
-    def _measure_and_clip(self):
-        "Clip the gradient if that is asked for; its norm before that goes into the mean of the epoch"
+    def _measured_and_clipped(self):
+        "Clip the gradient if that is asked for; its norm before that, for the mean of the epoch, or `None`"
         if self.gradient_clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self._parameters, self.gradient_clip_norm)
-        elif self._norms.is_empty or self.global_step % _NORM_EVERY == 0:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients())))
-        else:
-            return
-        self._norms.update(norm.nan_to_num(0.0, 0.0), norm.isfinite())
+            return nn.utils.clip_grad_norm_(self._parameters, self.gradient_clip_norm)
+        if self._norms.is_empty or self.global_step % _NORM_EVERY == 0:
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients())))
+        return None
 
 # %% ../nbs/15_steps.ipynb #674dd131
 class RolledBack(Exception):
