@@ -45,6 +45,8 @@ def get_device(
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not a device. Use 'auto' or one of: {', '.join(have)}.") from error
+    if wanted.type != "cuda" and wanted.index == 0:  # What a tensor says of its device, such as `mps:0`
+        wanted = torch.device(wanted.type)
     if str(wanted) not in have and not any(d.split(":")[0] == str(wanted) for d in have):
         raise ValueError(f"device={str(wanted)!r} is not on this machine. Use 'auto' or one of: {', '.join(have)}.")
     return torch.device("cuda", torch.cuda.current_device()) if str(wanted) == "cuda" else wanted
