@@ -71,7 +71,7 @@ class SegmentationLoss(nn.Module):
         "The loss of a batch."
         target = match_target(logits, target, self.n_classes)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        target = target.to(logits.dtype) if self.n_classes == 1 else _class_indices(target, self.n_classes)
+        target = target.to(logits.dtype) if self.n_classes == 1 else _class_indices(target)
         valid = None
         if self.ignore_index is not None:
             ignored = target == self.ignore_index
@@ -91,10 +91,10 @@ class SegmentationLoss(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in (shown | weights).items())
 
 # %% ../nbs/02_losses.ipynb #72bc6a02
-def _class_indices(target: torch.Tensor, n_classes: int) -> torch.Tensor:
-    "The mask as int64; fractions, which interpolation makes, become `n_classes`: a label that is no class."
+def _class_indices(target: torch.Tensor) -> torch.Tensor:
+    "The mask as int64; fractions, which interpolation makes, become a label that nobody has: neither a class nor ignored."
     labels = target.long()
-    return labels.where(labels == target, n_classes) if target.is_floating_point() else labels
+    return labels.where(labels == target, torch.iinfo(torch.int64).min) if target.is_floating_point() else labels
 
 
 def _bad_label_message(n_classes: int, ignore_index: int | None) -> str:
