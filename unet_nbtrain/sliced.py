@@ -23,7 +23,7 @@ def can_be_sliced(
 ) -> bool:  # Whether `sliced` may compute it
     "Whether a block is twice (3x3 convolution without bias, batch norm in training, ReLU), its head a 1x1 convolution with bias, and nothing else hangs on it."
     parts = list(block.children())
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in (block, *parts, *([] if head is None else [head]))):
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in (block, *parts, *([] if head is None else [head]))):
         return False
     if tuple(map(type, parts)) != _PATTERN or (isinstance(gather, nn.Module) and next(gather.parameters(), None) is not None):
         return False
