@@ -35,7 +35,7 @@ def find_groups(
         found = list(groups)
         if len(found) != len(names):
             raise ValueError(f"groups has {len(found)} entries for {len(names)} images. Give one for each, in the order of the sorted names.")
-    lost = [name for name, group in zip(names, found) if group is None]
+    lost = [name for name, group in zip(names, found) if group is None or group != group]  # An empty cell of a table is NaN
     if lost:
         raise ValueError(
             f"groups says nothing of {len(lost)} of {len(names)} images: {', '.join(lost[:5])}{', …' if len(lost) > 5 else ''}. "
