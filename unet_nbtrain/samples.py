@@ -139,7 +139,7 @@ def _survives(error):
     "Whether an error arrives in another process as what it is"
     try:
         return type(pickle.loads(pickle.dumps(error))) is type(error)
-    except (TypeError, ValueError, AttributeError, LookupError, pickle.PickleError):
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, pickle.PickleError):
         return False
 
 # %% ../nbs/06_samples.ipynb #da8b24e7
