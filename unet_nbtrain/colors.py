@@ -19,7 +19,7 @@ def color_code(
     "A colour as a number; raises `ValueError` for what is not a colour."
     if isinstance(color, str) and re.fullmatch("#?[0-9a-fA-F]{6}", color.strip()):
         return int(color.strip().removeprefix("#"), 16)
-    if not isinstance(color, str) and np.shape(color) == (3,) and all(0 <= c <= 255 and int(c) == c for c in color):
+    if np.shape(color) == (3,) and np.asarray(color).dtype.kind in "iuf" and all(0 <= c <= 255 and int(c) == c for c in color):
         red, green, blue = (int(c) for c in color)
         return red << 16 | green << 8 | blue
     raise ValueError(f"{color!r} is not a colour. Use '#rrggbb', or three numbers from 0 to 255: red, green, blue.")
