@@ -239,7 +239,10 @@ def csv_rows(
     for number, cells in enumerate(lines[1:], 2):
         if len(cells) != len(paths):
             raise ValueError(f"line {number} has {len(cells)} cells and the first line {len(paths)}")
-        rows.append(_plant((path, _value(cell)) for path, cell in zip(paths, cells) if cell))
+        try:
+            rows.append(_plant((path, _value(cell)) for path, cell in zip(paths, cells) if cell))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
     return rows
 
 # %% ../nbs/00_files.ipynb #b051e791
@@ -258,13 +261,9 @@ def _find(node, parts):
     if isinstance(node, list):
         inside = parts[0].isdecimal() and int(parts[0]) < len(node)
         return _find(node[int(parts[0])], parts[1:]) if inside else None
-    if not isinstance(node, dict):
-        return None
-    for end in range(1, len(parts) + 1):
-        found = _find(node.get(".".join(parts[:end])), parts[end:])
-        if found is not None:
-            return found
-    return None
+    ends = range(1, len(parts) + 1) if isinstance(node, dict) else ()
+    tries = (_find(node.get(".".join(parts[:end])), parts[end:]) for end in ends)
+    return next((found for found in tries if found is not None), None)
 
 # %% ../nbs/00_files.ipynb #81f53674
 def number_names(
