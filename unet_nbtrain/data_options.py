@@ -36,7 +36,7 @@ def check_options(
     pad: int | str | Sequence[int] | None = None,  # Whether images are padded
     colors: Sequence | Mapping | None = None,  # The colours of painted masks
 ) -> None:
-    "Raise one `ValueError` that says everything that is wrong with the options of a data set, and what to write instead."
+    "Raise one `ValueError` that says everything that is wrong with the options of a data set, and what to write instead; `TypeError` if `colors` is no table."
     share = isinstance(foreground_crops, (int, float)) and 0 <= foreground_crops <= 1
     one_class = _whole(n_classes) and n_classes == 1
     rules = [
@@ -106,7 +106,10 @@ def as_statistics(
         if isinstance(normalize, str) and normalize == "dataset":
             return normalize
         raise ValueError(f"normalize={normalize!r}: use None, 'dataset' for the mean and standard deviation of the training images, or (mean, std).")
-    mean, std = ([float(v) for v in (np.full(n_channels, o) if np.ndim(o) == 0 else o)] for o in normalize)
+    try:
+        mean, std = ([float(v) for v in (np.full(n_channels, o) if np.ndim(o) == 0 else o)] for o in normalize)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"normalize={normalize!r}: mean and standard deviation are numbers, one or one for each channel.") from error
     if len(mean) != n_channels or len(std) != n_channels:
         raise ValueError(f"normalize={normalize!r} has {len(mean)} means and {len(std)} standard deviations for images of {n_channels} channels.")
     if not all(0 <= v <= 1 for v in mean) or not all(0 < v <= 1 for v in std):
@@ -115,7 +118,7 @@ def as_statistics(
 
 # %% ../nbs/05_data_options.ipynb #2e8c3fed
 def as_pipeline(
-    augment: str | Callable | None,  # `'light'`, `'medium'`, `'heavy'`; a callable (image, mask, seed); or `None`
+    augment: str | Callable | bool | None,  # `'light'`, `'medium'`, `'heavy'`; a callable (image, mask, seed); `None` or `False`
     ignore_index: int | None = None,  # Label for mask pixels from outside the image, where a strength is named
 ) -> Callable | None:  # Called as `pipeline(image, mask, seed)`
     "The augmentation that was asked for; raises `ValueError` for an unknown name and `TypeError` for anything else."
