@@ -175,7 +175,7 @@ class History(_Files):
         self,
         epoch: int | None = None,  # Whose validation; `None` is the best epoch's
     ) -> _ClassTable:  # Prints as text, shows itself as HTML
-        "Dice and IoU of each class, a dash where a class never occurred, the mean below; `ValueError` if there is no such epoch."
+        "All scores of each class (Dice, IoU, precision, recall), a dash where a class never occurred, the mean below; `ValueError` if there is no such epoch, or no scores per class."
         row = self.best if epoch is None else next((row for row in self.rows if row["epoch"] == epoch), None)
         if row is None:
             known = f"It has the epochs {self['epochs'][0]} to {self['epochs'][-1]}." if len(self) else "It is empty."
