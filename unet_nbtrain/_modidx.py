@@ -32,6 +32,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'unet_nbtrain/augmentation.py'),
                                            'unet_nbtrain.augmentation._Limits.__post_init__': ( 'augmentation.html#_limits.__post_init__',
                                                                                                 'unet_nbtrain/augmentation.py'),
+                                           'unet_nbtrain.augmentation._Limits.check_label': ( 'augmentation.html#_limits.check_label',
+                                                                                              'unet_nbtrain/augmentation.py'),
                                            'unet_nbtrain.augmentation._between': ( 'augmentation.html#_between',
                                                                                    'unet_nbtrain/augmentation.py'),
                                            'unet_nbtrain.augmentation._check_pair': ( 'augmentation.html#_check_pair',

@@ -68,7 +68,7 @@ def _relight(image, brightness, contrast, gamma):
 # %% ../nbs/04_augmentation.ipynb #21e7e90b
 @dataclass(frozen=True)
 class _Limits:
-    "How far each change may go: the amount is drawn evenly between the number's negative and itself, for every image anew"
+    "How far each change may go"
 
     orient: bool = False  # Whether to mirror and turn by quarters (half turns only where the image is not square)
     upright: bool = False  # Whether up and down mean something: then only left-right mirroring
@@ -87,12 +87,21 @@ class _Limits:
         if label is not None and not (isinstance(label, Real) and abs(label) <= 2**24 and label == int(label)):
             raise ValueError(f"ignore_index={label!r}: masks are bent as 32-bit floats, which are exact up to {2**24}. Use a whole number nearer to 0, such as 255 or -1, or None.")
 
+    def check_label(
+        self,
+        dtype: torch.dtype,  # Of the masks
+    ) -> None:
+        "Raise `ValueError` where such masks cannot hold the label."
+        if self.ignore_index is not None and int(torch.full((), self.ignore_index).to(dtype)) != self.ignore_index:
+            raise ValueError(f"ignore_index={self.ignore_index} does not fit in a mask of {dtype}. Convert the mask to torch.int64.")
+
 # %% ../nbs/04_augmentation.ipynb #565e4f39
 @dataclass(frozen=True)
 class AugmentationPipeline(_Limits):
     """Changes an image and its mask together: `pipeline(image, mask, seed)`, a pure function of the three.
 
-    Each number is a limit; the amount is drawn evenly between its negative and itself, for every image anew.
+    Each number is a limit, and the amount is drawn for every image anew: what is added evenly between its negative and
+    itself, factors evenly on the logarithmic scale.
     """
 
     def __call__(
@@ -102,7 +111,8 @@ class AugmentationPipeline(_Limits):
         seed: int,  # In [0, 2**63); the same seed gives the same result
     ) -> tuple[torch.Tensor, torch.Tensor]:  # New tensors of the same shapes and dtypes
         "The changed image and mask. The arguments are left alone; raises `ValueError` where they do not fit together."
-        _check_pair(image, mask, self.ignore_index)
+        _check_pair(image, mask)
+        self.check_label(mask.dtype)
         generator = torch.Generator().manual_seed(seed)
         numbers = torch.rand(10, generator=generator).tolist()
         nodes = torch.randn(2, _NODES, _NODES, generator=generator) if numbers[3] < self.warp else None
@@ -145,8 +155,8 @@ def _factor(u, limit):
 _SLACK = 0.1  # A bicubic resize overshoots
 
 
-def _check_pair(image, mask, ignore_index):
-    "Raise `ValueError` unless image (C, H, W) is float and in [0, 1], mask is (H, W) or (1, H, W) of the same size, and its dtype can hold the label"
+def _check_pair(image, mask):
+    "Raise `ValueError` unless image (C, H, W) is float and in [0, 1], and mask is (H, W) or (1, H, W) of the same size"
     if image.ndim != 3 or not image.is_floating_point():
         raise ValueError(f"image must be a float tensor (C, H, W); this one is {image.dtype} {tuple(image.shape)}.")
     if mask.shape not in (image.shape[-2:], (1, *image.shape[-2:])):
@@ -158,8 +168,6 @@ def _check_pair(image, mask, ignore_index):
         raise ValueError(
             f"image goes from {low:g} to {high:g}; augmentation works on [0, 1], to which it clips. Divide an image of 0 to 255 by 255, and normalise after the augmentation."
         )
-    if ignore_index is not None and int(torch.full((), ignore_index).to(mask.dtype)) != ignore_index:
-        raise ValueError(f"ignore_index={ignore_index} does not fit in a mask of {mask.dtype}. Convert the mask to torch.int64.")
 
 # %% ../nbs/04_augmentation.ipynb #68a1336f
 _STRENGTHS = {

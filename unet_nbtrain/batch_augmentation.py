@@ -104,11 +104,11 @@ class BatchAugmentation:
         epoch: int,  # Counted from 0
         batch: int,  # Number of the batch in the epoch, from 0
     ) -> tuple[torch.Tensor, torch.Tensor]:  # New tensors of the same shapes, dtypes and memory layout
-        "The changed batch. Raises `ValueError` where images and masks do not fit together."
+        "The changed batch. Raises `ValueError` where images and masks do not fit together, or the masks cannot hold the label to ignore."
         if images.ndim != 4 or masks.shape not in ((len(images), *images.shape[2:]), (len(images), 1, *images.shape[2:])):
             raise ValueError(f"images must be (N, C, H, W) and masks (N, H, W) or (N, 1, H, W); these are {tuple(images.shape)} and {tuple(masks.shape)}.")
-        seed = derive_seed(self.seed, "augment", "batch", epoch, batch)
-        generator = torch.Generator().manual_seed(seed)
+        self.pipeline.check_label(masks.dtype)
+        generator = torch.Generator().manual_seed(seed := derive_seed(self.seed, "augment", "batch", epoch, batch))
         numbers, nodes = torch.rand(len(images), 10, generator=generator), torch.randn(len(images), 2, _NODES, _NODES, generator=generator)
         fitting = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         if self.mean is not None:
