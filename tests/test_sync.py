@@ -59,6 +59,14 @@ def test_export_and_clean_change_nothing(project):
     assert not changed, f"run `nbdev_export && nbdev_clean`: {changed}"
 
 
+def test_the_table_of_paces_has_what_the_rooms_ask_for():
+    """In `09_pace`: each `Pace(share=...)` of the package, by its room and its share."""
+    table = (ROOT / "nbs" / "09_pace.ipynb").read_text(encoding="utf-8")
+    told = sorted((room, float(share) / 100) for room, share in re.findall(r"\| `(\w+)`: [^|]+\| ([\d.]+) % \|", table))
+    asked = [(path.stem, float(share)) for path in ROOT.glob("unet_nbtrain/*.py") for share in re.findall(r"\bPace\(share=([\d.]+)", path.read_text(encoding="utf-8"))]
+    assert told == sorted(asked)
+
+
 def test_a_module_changed_by_hand_is_found(project):
     module = project / "unet_nbtrain" / "core.py"
     module.write_text(module.read_text(encoding="utf-8") + "\n# by hand\n", encoding="utf-8")
