@@ -94,7 +94,7 @@ def enlarge(
     x: Tensor,  # (N, C, h, w), floats
     size: tuple[int, int],  # Height and width to reach
 ) -> Tensor:  # (N, C, H, W), the same dtype
-    "Bilinear interpolation with aligned corners, as `F.interpolate` does it. To twice the size, or one less, the gradient is deterministic on every device."
+    "Bilinear interpolation with aligned corners, as `F.interpolate` does it. To twice the size, or one less, the gradient has the same bits each time, on a graphics card too (but for float64)."
     plain = x.dtype == torch.float64 or (x.dtype == torch.float32 and not x.is_cuda)
     if not (plain or _is_recorded()) and all(new in (2 * old, 2 * old - 1) for old, new in zip(x.shape[-2:], size)):
         return _Enlarged.apply(x, *size)
