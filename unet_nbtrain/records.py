@@ -181,7 +181,7 @@ def _go_on(rows, known, nothing):
 
 
 class _Views(_State):
-    "The read side: the document's mapping, columns by dotted path, and the best row"
+    "The read side: a mapping of lists, columns by dotted path, and the best row"
 
     def __getitem__(self, key):
         if key not in self:
