@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .text import format_duration, format_rate
+from .text import format_duration, format_rate, short_number
 
 # %% ../nbs/16_view.ipynb #12650c14
 @dataclass
@@ -198,9 +198,9 @@ def tiles_html(
 
 
 def _number(row, phase, name):
-    "A metric with four digits, or a dash"
+    "A metric as the tables write it, or a dash"
     value = row.get(phase, {}).get(name)
-    return "–" if value is None or not math.isfinite(value) else f"{value:.4f}"
+    return "–" if value is None or not math.isfinite(value) else short_number(value)
 
 # %% ../nbs/16_view.ipynb #71081099
 def data_html(
