@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .mask_picture import draw_report
+from .mask_picture import class_bars, draw_report
 from .text import html_table, text_table
 
 # %% ../nbs/05_mask_summary.ipynb #6d9c222c
@@ -38,8 +38,8 @@ class MaskReport(dict):
         return torch.tensor([inverse[k] / mean if k in inverse else 1.0 for k in shares], dtype=torch.float32)
 
     def picture(self) -> bytes:
-        "A small PNG: a few masks over their images, and a bar for each class."
-        return draw_report(self.thumbnails, self["classes"], {k: self.label_of(k) for k in self["classes"]})
+        "A small PNG on clear paper: a few masks over their images."
+        return draw_report(self.thumbnails)
 
     def label_of(
         self,
@@ -67,8 +67,9 @@ class MaskReport(dict):
         return "\n".join([text_table(["", "found"], self._lines()), *(f"! {o}" for o in self["warnings"])])
 
     def _repr_html_(self):
-        shown = f'<img alt="masks and class balance" src="data:image/png;base64,{base64.b64encode(self.picture()).decode()}">'
-        return shown + html_table(["", "found"], self._lines(), notes=[f"\u26a0 {o}" for o in self["warnings"]])
+        shown = f'<img alt="a few masks over their images" src="data:image/png;base64,{base64.b64encode(self.picture()).decode()}">' if self.thumbnails else ""
+        bars = class_bars(self["classes"], {k: self.label_of(k) for k in self["classes"]})
+        return shown + bars + html_table(["", "found"], self._lines(), notes=[f"\u26a0 {o}" for o in self["warnings"]])
 
 # %% ../nbs/05_mask_summary.ipynb #08d6511a
 _MOSTLY, _SCARCE, _RARE = 0.5, 0.005, 0.0005
