@@ -167,3 +167,31 @@ def test_a_field_follows_and_can_be_sent_again(tmp_path):
     assert field.value == "0.096" and form.apply() and trainer.learning_rate == 0.096
     field.value = "0.002"
     assert trainer.learning_rate == 0.002
+
+
+@pytest.mark.parametrize("press", ["rewind", "primary"])
+def test_a_press_that_is_refused_is_told_once(tmp_path, press, caplog):
+    """Beside the buttons, and not below as well"""
+    first = new_panel(tmp_path / "run", num_epochs=1)
+    first.start().wait(60)
+    panel = new_panel(tmp_path / "run", num_epochs=2)
+    panel._paint(False)
+    for file in (tmp_path / "run" / "checkpoints").glob("*.pth"):
+        file.write_bytes(b"no checkpoint")
+    panel.controls[press].click()
+    panel._paint(False)
+    said = panel._widgets.buttons.note.value
+    assert "Not done" in said and "unt-wrong" in said and "is torn" in said and "is torn" not in text_of(panel), (said, text_of(panel))
+    assert not panel._watcher.problems and "A button of the panel failed" in caplog.text
+
+
+def test_masks_that_cannot_be_right_are_told_once(tmp_path):
+    bad = [(image, mask * 255) for images, masks in LOADERS[0] for image, mask in zip(images, masks)]
+    panel = TrainerPanel(UNet(3, 1, width=4, depth=2), (torch.utils.data.DataLoader(bad, 2), LOADERS[1]), device="cpu", run_dir=tmp_path / "run")
+    panel._check.begin()
+    assert panel._check.wait(30) and panel._check.error is not None
+    panel._paint(False)
+    assert text_of(panel).count("cannot be right") == 1
+    panel.controls["primary"].click()
+    panel._paint(False)
+    assert "Not done (start)" in panel._widgets.buttons.note.value and "cannot be right" not in text_of(panel)

@@ -105,6 +105,7 @@ def words_on(
 
 # %% ../nbs/16_controls.ipynb #cf4c2004
 _DONE = {"pause": "Paused", "resume": "Resumed", "stop": "Stopped", "save": "Saved", "set": "Changed", "start": "Started", "best": "Best weights loaded", "rewind": "Rewound"}
+_REFUSED = "Not done"
 
 
 class Asked:
@@ -131,7 +132,7 @@ class Asked:
         try:
             yield said
         except Exception as error:
-            command.settle(False, None, str(error))
+            command.settle(False, None, str(error) or type(error).__name__)
             raise
         command.settle(True, None, " ".join(said))
 
@@ -160,7 +161,7 @@ def _waiting(command):
 def _answer(command):
     "What became of a command, as a sentence"
     if not command.ok:
-        return f"Not done ({command.name}): {command.message}"
+        return f"{_REFUSED} ({command.name}): {command.message}"
     at = f" after step {command.step:,}, {format_duration(command.seconds)}" if command.step is not None else ""
     rest = f": {command.message}" if command.message and not command.message.startswith("already") else ""
     return f"{_DONE.get(command.name, command.name)}{at}{rest}."
@@ -231,7 +232,8 @@ class Buttons:
         for widget, name in ((self._extra, "more"), (self.controls["other"], "other")):
             widget.layout.display = "none" if faces[name].why_not else None
         line = "" if moment.state in ENDED and asked.line.startswith(_DONE["start"]) else asked.line  # Of no use at the end
-        self.note.value = f'<span role="status">{html.escape(line)}</span>'
+        kind = "unt-wrong" if line.startswith(_REFUSED) else ""
+        self.note.value = f'<span role="status" class="{kind}">{html.escape(line)}</span>'
 
     def _dress(self, button, face, waiting):
         text, icon = (_GERUND.get(waiting, face.text), "hourglass-half") if waiting else (face.text, face.icon)

@@ -128,8 +128,7 @@ class _Tabbed(_Facts):
     ):
         super().__init__(trainer, num_epochs)
         self._widgets = _Widgets(press, self._watcher.ring)
-        self._handles, self._tick, self._lock = [], 0, threading.Lock()
-        self._pump = self._drawn_run = None
+        self._handles, self._tick, self._lock, self._pump, self._drawn_run = [], 0, threading.Lock(), None, None
         self._farewell = Farewell(self._widgets.controls, self._widgets.html["message"])
         self._still_due, self._headed, self._untold = 0.0, (None, 0.0), ""
         self._shown = Status(), trainer.history, Moment()
@@ -164,7 +163,8 @@ class _Tabbed(_Facts):
         if self._with_picture or self._widgets.curves.is_waiting:
             status, history, _ = self._shown
             self._widgets.curves.offer(history, self._runs)
-            self._widgets.curves.paint(history, self._watcher.trace.read(), status.total, status.stops_at)
+            stands = math.inf if self.trainer.run is not None and not self.trainer.run.ended else self.trainer.progress
+            self._widgets.curves.paint(history, self._watcher.trace.read(stands), status.total, status.stops_at)
 
     def _paint_data(self):
         self._trial.paint()
@@ -179,7 +179,7 @@ class _Messages(_Tabbed):
         "What went wrong, what is doubtful, how it ended, what was found"
         run, told = self.trainer.run, self._watcher.present
         failure = run.exception if run is not None and status.state == "failed" else None
-        if self._check.wait(0) and self._check.error is not None:
+        if self._check.wait(0) and self._check.error is not None and str(self._check.error) not in self._asked.line:
             told.append(f"The masks cannot be right: {self._check.error}")
         elif self._trial.error is not None and run is None:
             told.append(f"The trial with one batch failed: {self._trial.error}")

@@ -80,7 +80,7 @@ class _Starting(Display):
             return start()
         except BaseException as error:
             self._first.command = None
-            command.settle(False, None, str(error))
+            command.settle(False, None, str(error) or type(error).__name__)
             raise
         finally:
             self._watcher.ring()
@@ -204,7 +204,7 @@ class _Pressed(_Changes):
             acts.get(name, lambda: self.train_more(self._widgets.buttons.more.value))()
         except Exception as error:
             _log.exception("A button of the panel failed.")
-            if error is not self._check.error:
+            if str(error) not in self._asked.line:
                 self._watcher.on_problem(self.trainer, f"{type(error).__name__}: {error}")
 
 # %% ../nbs/18_panel.ipynb #e76eeea9

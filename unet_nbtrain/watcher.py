@@ -12,6 +12,7 @@ import math
 import threading
 import time
 import weakref
+from bisect import bisect
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 
@@ -39,31 +40,31 @@ class BatchTrace:
 
     def add(
         self,
-        position: float,  # In epochs
+        position: float | Callable[[], float],  # In epochs, or what computes it; asked for only if the batch is kept
         loss: torch.Tensor,  # 0-dim, on any device; not read here
     ) -> None:
         "Note a batch; called in the training thread, never waits for the device."
-        if self._takes_next():
-            self._keep(position, loss)
-
-    def _takes_next(self):
-        "Count a batch; whether it is one of those that are kept"
         self._count += 1
-        return self._count % self._stride == 0
-
-    def _keep(self, position, loss):
+        if self._count % self._stride:
+            return
         with self._lock:
-            self._new.append((position, loss))
+            self._new.append((position() if callable(position) else position, loss))
             if len(self._new) > self.limit:
                 self._new, self._stride = self._new[1::2], self._stride * 2
 
-    def read(self) -> tuple[list[float], list[float]]:  # Positions in epochs, losses
-        "All points so far; the new ones are fetched from the device in one go. Called by one thread only."
+    def read(
+        self,
+        until: float = math.inf,  # Where a training that stands still is, in epochs
+    ) -> tuple[list[float], list[float]]:  # Positions in epochs, losses
+        "All points so far but those beyond a place to which the training went back; fetched from the device in one go. Called by one thread only."
         with self._lock:
             new, self._new = self._new, []
-        if new:
-            self.x += [position for position, _ in new]
-            self.y += torch.stack([loss for _, loss in new]).float().tolist()
+        losses = torch.stack([loss for _, loss in new]).float().tolist() if new else []
+        for (position, _), loss in zip(new, losses):
+            kept = bisect(self.x, position)
+            self.x[kept:], self.y[kept:] = [position], [loss]
+        kept = bisect(self.x, until)
+        self.x, self.y = self.x[:kept], self.y[:kept]
         while len(self.x) > self.limit:
             self.x, self.y, self._stride = self.x[1::2], self.y[1::2], self._stride * 2
         return self.x, self.y
@@ -101,8 +102,8 @@ class Watcher:
 
     def on_batch_end(self, trainer, loss):
         "Note the loss, unread; nobody waits for a single batch."
-        if trainer.phase == "train" and self.trace._takes_next():
-            self.trace._keep(trainer.progress, loss)
+        if trainer.phase == "train":
+            self.trace.add(lambda: trainer.progress, loss)
 
     def on_epoch_end(self, trainer, row):
         "There are new numbers; where epochs are short, nobody waits for those of each."
@@ -262,9 +263,8 @@ class DataCheck:
     ):
         self.reports: dict[str, MaskReport] = {}
         self.error: ValueError | None = None
-        self._trainer, self._tell, self._done = trainer, tell, threading.Event()
+        self._trainer, self._tell, self._done, self._begun = trainer, tell, threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._look, name="unet-data-check", daemon=True)
-        self._begun = threading.Lock()
 
     def begin(self) -> None:
         "Look now; a second call changes nothing."
