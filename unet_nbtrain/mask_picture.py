@@ -56,7 +56,7 @@ def _to_rgb(image):
     return (rgb - low) / ((high - low) or 1) * 255
 
 # %% ../nbs/04_mask_picture.ipynb #7c55c169
-_STEP, _MOST = 124, 4
+_GAP, _MOST = 4, 4
 MOST_BYTES = 44_000
 
 
@@ -65,11 +65,12 @@ def draw_report(
 ) -> bytes:  # A PNG of at most `MOST_BYTES`
     "The picture of a mask report."
     shown = [Image.fromarray(small) for small in thumbnails[:_MOST]]
-    size = max(1, _STEP * len(shown) - 4), max([1, *(small.height for small in shown)])
-    canvas, paper = Image.new("RGB", size), Image.new("L", size, 255)
-    for i, small in enumerate(shown):
-        canvas.paste(small, (_STEP * i, 0))
-        paper.paste(0, (_STEP * i, 0, _STEP * i + small.width, small.height))
+    size = max(1, sum(small.width + _GAP for small in shown) - _GAP), max([1, *(small.height for small in shown)])
+    canvas, paper, left = Image.new("RGB", size), Image.new("L", size, 255), 0
+    for small in shown:
+        canvas.paste(small, (left, 0))
+        paper.paste(0, (left, 0, left + small.width, small.height))
+        left += small.width + _GAP
     return _png(canvas, paper)
 
 

@@ -225,7 +225,8 @@ def sheet_words(
     "What stands under the sheet: what the colours mean, and what keeping the samples costs."
     names = {"agreed": "agreed", "missed": "missed", "false": "false", "confused": "wrong class"}
     legend = "".join(f'<span><span class="unt-key" style="background:{color}"></span>{html.escape(names[name])}</span>' for name, color in ERROR_COLORS.items())
-    cost = f"{len(keeper.frames)} epochs kept in {keeper.nbytes / 1e6:.1f} MB, {1000 * keeper.seconds / max(1, len(keeper.frames)):.0f} ms each"
+    kept = len(keeper.frames)
+    cost = f"{kept} epoch{'s' * (kept != 1)} kept in {keeper.nbytes / 1e6:.1f} MB, {1000 * keeper.seconds / max(1, kept):.0f} ms each"
     return f'<div class="unt-legend">{legend}</div><div class="unt-soft">{cost}</div>'
 
 # %% ../nbs/16_predictions.ipynb #15ea9d51
