@@ -311,6 +311,34 @@ def test_keyboard_alone_in_the_dark(opened):
         lab.dark(False)
 
 
+FOCUS = "() => { const at = document.activeElement; return at === document.body ? 'nowhere' : at.closest('.unt-panel') ? at.innerText.trim() || at.tagName : at.closest('.cm-editor') ? 'a cell' : at.className }"
+
+
+def test_the_focus_is_not_lost_with_a_button(opened):
+    """To the button that takes its place, also when the panel is rendered anew at the end; from a cell it takes nothing"""
+    lab = opened("1 + 1")
+
+    def focus():
+        return lab.page.evaluate(FOCUS)
+
+    begin(lab)
+    lab.button("Stop").focus()
+    lab.page.keyboard.press("Space")
+    lab.until(lambda: lab.badge() == "finished" and lab.button("Continue").is_enabled(), "end")
+    lab.page.wait_for_timeout(2500)
+    assert focus() == "Continue", focus()
+    lab.page.keyboard.press("Space")
+    lab.until(lambda: lab.badge() in ("training", "validating"), "badge 'training'")
+    lab.until(lambda: focus() == "Pause", "focus on Pause")
+    lab.button("Stop").focus()
+    lab.output(1)
+    lab.cell(1).locator(".cm-content").click()
+    lab.button("Stop").dispatch_event("click")
+    lab.until(lambda: lab.badge() == "finished", "end")
+    lab.page.wait_for_timeout(2500)
+    assert focus() == "a cell", focus()
+
+
 @pytest.mark.network
 def test_axe_finds_no_serious_fault(opened):
     """In each tab, light and dark, while a training is paused: its own colours and words are all there"""

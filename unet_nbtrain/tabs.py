@@ -122,7 +122,7 @@ def earlier_runs(
 # %% ../nbs/16_tabs.ipynb #8ec38379
 _SMOOTH = {"as it is": 0.0, "a little": 0.6, "a lot": 0.9}
 _SCALE = {"automatic": "auto", "linear": "linear", "logarithmic": "log"}
-_MARKS = "★ best · shaded: no better since, and how long it will still wait · ┊ change · ▲ problem · ■ save · ❘ pause · ✕ stop"
+_MARKS = "★\u00a0best · shaded: no better since, and how long it will still wait · ┊\u00a0change · ▲\u00a0problem · ■\u00a0save · ❘\u00a0pause · ✕\u00a0stop"  # A mark and its word stay on one line
 
 
 def metric_menu(
@@ -255,7 +255,7 @@ class CurvesTab:
         self.picture = new_picture("png")
         self.picture.add_class("unt-plot")
         self.caption = widgets.HTML(f'<div class="unt-caption unt-soft">{_MARKS}</div>')
-        self.box = widgets.VBox([self.menus.box, self.picture, self.caption])
+        self.box = widgets.VBox([self.menus.box, widgets.VBox([self.picture]), self.caption])  # The inner box is scrolled where it is too narrow
 
     @property
     def is_waiting(self) -> bool:

@@ -159,13 +159,13 @@ def progress_html(
     speed = next((row.get("images_per_second") for row in reversed(status.rows)), None)
     pace = f" · {speed:.0f} images/s" if speed and math.isfinite(speed) and status.state != "idle" else ""
     phase = {"val": " of the validation"}.get(status.phase, "")
-    unknown = "" if status.batches else f"{status.batch}" if status.batch else "–"
+    unknown = "" if status.batches and (status.batch or status.state != "finished") else f"{status.batch}" if status.batch else "–"
     batches = unknown or f"{status.batch} of {status.batches}{phase}"
     done = status.epoch + (status.batch / status.batches if status.phase == "train" and status.batches else 0)
     return (
         '<div class="unt-bars">'
         + _bar("epoch", done, status.total, f"{status.epoch} of {status.total} done")
-        + _bar("batch", status.batch, status.batches, batches + pace)
+        + _bar("batch", status.batch, status.batches, (batches + pace).removeprefix("– · "))
         + "</div>"
     )
 
@@ -233,26 +233,21 @@ def spoken(
 _FRAME = """
 .unt-panel{max-width:1080px;border:1px solid var(--jp-border-color2,#d5d9de);border-radius:8px;overflow:hidden;padding:0;
   color:var(--jp-ui-font-color1,#1b1f24);font-family:var(--jp-ui-font-family,system-ui,sans-serif);font-size:13px}
-.unt-panel .widget-html-content,.unt-panel .jupyter-widgets{line-height:1.45}
-.unt-panel>.widget-html,.unt-panel>.widget-image{margin:0;width:auto}
+.unt-panel .widget-html-content,.unt-panel .jupyter-widgets{line-height:1.45} .unt-panel>.widget-html,.unt-panel>.widget-image{margin:0;width:auto}
 .unt-head{display:flex;gap:12px;align-items:center;flex-wrap:wrap;padding:9px 14px;
   border-bottom:1px solid var(--jp-border-color2,#d5d9de);background:var(--jp-layout-color2,#f6f7f9)}
 .unt-badge{color:#fff;border-radius:10px;padding:1px 11px;font-weight:600;font-size:12px;letter-spacing:.02em;white-space:nowrap}
-.unt-soft{color:var(--jp-ui-font-color2,#57606a)} .unt-right{margin-left:auto;white-space:nowrap} .unt-head b{overflow-wrap:anywhere;min-width:0}
-.unt-buttons{padding:9px 12px 3px} .unt-buttons button{font-weight:600;border-radius:5px}
+.unt-soft{color:var(--jp-ui-font-color2,#57606a)} .unt-right{margin-left:auto;white-space:nowrap} .unt-head b{overflow-wrap:anywhere;min-width:0} .unt-buttons{padding:9px 12px 3px} .unt-buttons button{font-weight:600;border-radius:5px}
 .unt-panel.unt-panel :focus-visible{outline:3px solid #0072B2!important;outline-offset:1px} .unt-panel button .fa::before{speak:never}
 .unt-bars{display:grid;grid-template-columns:52px minmax(80px,1fr) minmax(min(190px,42%),auto);gap:5px 10px;align-items:center;padding:10px 14px 2px}
 .unt-bar{display:block;height:9px;border-radius:5px;background:var(--jp-border-color2,#e4e8ec);overflow:hidden} .unt-bar>span{display:block;height:100%;background:#0072B2;border-radius:5px}
-.unt-plot{display:block;background:#fff} body[data-jp-theme-light='false'] .unt-plot,body.vscode-dark .unt-plot{filter:invert(.87) hue-rotate(180deg)}
-.unt-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));margin:0;border-top:1px solid var(--jp-border-color2,#d5d9de)}
-.unt-tiles>div{padding:7px 14px 8px;border-right:1px solid var(--jp-border-color2,#d5d9de)} .unt-tiles>div:last-child{border-right:0}
-.unt-tiles span{display:block;font-size:11px;color:var(--jp-ui-font-color2,#57606a)}
-.unt-tiles b{font-size:17px;font-weight:650;white-space:nowrap;font-variant-numeric:tabular-nums}
-.unt-tiles small{font-size:11px;font-weight:400;color:var(--jp-ui-font-color2,#57606a)}
+.unt-plot{display:block;background:#fff} body:is([data-jp-theme-light='false'],.vscode-dark) .unt-plot{filter:invert(.87) hue-rotate(180deg)}
+.unt-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(max(124px,min(33%,(760px - 100%)*99)),1fr));margin:0;border-top:1px solid var(--jp-border-color2,#d5d9de)}
+.unt-tiles>div{padding:7px 13px 8px;border-right:1px solid var(--jp-border-color2,#d5d9de)} .unt-tiles>div:last-child{border-right:0} .unt-tiles span{display:block;font-size:11px;color:var(--jp-ui-font-color2,#57606a)}
+.unt-tiles b{font-size:17px;font-weight:650;white-space:nowrap;font-variant-numeric:tabular-nums} .unt-tiles small{font-size:11px;font-weight:400;color:var(--jp-ui-font-color2,#57606a)}
 .unt-message{padding:7px 14px;border-top:1px solid var(--jp-border-color2,#d5d9de)} .unt-data{padding:3px 2px}
-.unt-data>div{display:flex;flex-wrap:wrap;gap:6px 28px;padding-top:6px;max-height:420px;overflow:auto} .unt-data>div>div{flex:1 1 360px}
-.unt-panel summary{cursor:pointer} .unt-panel input:disabled{opacity:.55}
-.unt-warn{background:#fff4ce;color:#4d3800} .unt-warn pre{white-space:pre-wrap;font-size:12px;max-height:300px;overflow:auto;color:inherit}
+.unt-data>div{display:flex;flex-wrap:wrap;gap:6px 28px;padding-top:6px;max-height:420px;overflow:auto} .unt-data>div>div{flex:1 1 min(360px,100%);min-width:0} .unt-panel .unt-plot{min-width:640px} .unt-panel summary{cursor:pointer} .unt-panel input:disabled{opacity:.55}
+.unt-warn{background:#fff4ce;color:#4d3800} body:is([data-jp-theme-light='false'],.vscode-dark) .unt-warn{background:#3a2f0b;color:#f7e3a6} .unt-warn pre{white-space:pre-wrap;font-size:12px;max-height:300px;overflow:auto;color:inherit}
 .unt-quiet{background:var(--jp-layout-color2,#f6f7f9)} .unt-wrong{color:var(--jp-error-color1,#b3261e)} .unt-waits{font-style:italic}
 .unt-panel .widget-html{height:auto} .unt-note{align-self:center;margin-left:6px;color:var(--jp-ui-font-color2,#57606a)}
 .unt-panel button:disabled{opacity:.45} .unt-panel button .fa{margin-right:6px} .unt-pending{background-image:linear-gradient(45deg,rgba(255,255,255,.35) 25%,transparent 25% 50%,rgba(255,255,255,.35) 50% 75%,transparent 75%)!important;
@@ -262,24 +257,22 @@ _FRAME = """
 
 # %% ../nbs/16_view.ipynb #9882a98d
 _TABS = """.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin-top:2px} .unt-tabs>.widget-tab-contents{border:0!important;padding:8px 0 2px!important}
-.unt-tabs .lm-TabBar-tab.lm-mod-current,.unt-tabs .p-TabBar-tab.p-mod-current{font-weight:650}
-.unt-tabs :is(.lm-TabBar-tab,.p-TabBar-tab){flex:1 1 auto;min-width:0;padding:0 8px} .unt-tabs :is(.lm-TabBar-tabLabel,.p-TabBar-tabLabel){overflow:hidden;text-overflow:ellipsis}
+.unt-tabs :is(.lm-TabBar-tab.lm-mod-current,.p-TabBar-tab.p-mod-current){-webkit-text-stroke:.4px}
+.unt-panel.unt-panel .unt-tabs :is(.lm-TabBar-tab,.p-TabBar-tab){flex:1 1 auto;padding:0 10px} .unt-tabs :is(.lm-TabBar-content,.p-TabBar-content){flex-wrap:wrap}
 .unt-tabs :focus-visible{outline:3px solid #0072B2;outline-offset:-3px}
 .unt-menus{padding:0 10px;gap:2px 10px} body[data-jp-theme-light='false'] .unt-menus select{background-image:url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23bdbdbd' stroke-width='1.7'/%3E%3C/svg%3E")} .unt-form .unt-buttons{padding:9px 0 5px} .unt-caption{padding:0 14px 4px;font-size:12px} .unt-form{padding:4px 12px 8px}
-.unt-form .widget-hbox{align-items:center} .unt-form .unt-apply{margin-left:155px;width:110px} .unt-form .widget-text+.widget-html{margin-left:8px!important} .unt-form .widget-html-content{overflow-x:auto} .unt-data b{display:block} .unt-data :is(td,th){white-space:nowrap;text-align:left!important;padding:1px 20px 1px 0!important} .unt-data :is(td,th):first-child{display:none} .unt-data img{max-width:100%;margin:0}
+.unt-form .widget-hbox{align-items:center} .unt-form .unt-apply{margin-left:155px;width:110px} .unt-form .widget-text+.widget-html{margin-left:8px!important} .unt-form .widget-html-content{overflow-x:auto} .unt-data b{display:block} .unt-data :is(td,th){white-space:nowrap;text-align:left!important;padding:1px 20px 1px 0!important} .unt-data td:last-child{white-space:normal} .unt-data :is(td,th):first-child{display:none} .unt-data img{max-width:100%;margin:0}
 .unt-number{width:175px} .unt-number .widget-label{width:95px!important} .unt-form table,.unt-data table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-.unt-form th,.unt-form td{padding:2px 12px 2px 0;text-align:left;vertical-align:top;border:0} .unt-form tr{background:none!important} .unt-fixed{margin-top:8px} .unt-fixed th{white-space:nowrap}
-.unt-numbers{display:flex;flex-wrap:wrap;gap:10px 40px;max-height:520px;overflow:auto} .unt-numbers td:first-child{max-width:260px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap} .unt-log{max-height:340px;overflow:auto} .unt-form .unt-sheets{gap:12px;flex-wrap:wrap;align-items:flex-start} .unt-panel .unt-sheet{flex:1 1 320px;max-width:660px;overflow:hidden} .unt-photo{image-rendering:auto;margin:0!important}
+.unt-form th,.unt-form td{padding:2px 12px 2px 0;text-align:left;vertical-align:top;border:0} .unt-form tr{background:none!important} .unt-fixed{margin-top:8px} .unt-fixed th:first-child{white-space:nowrap}
+.unt-numbers{display:flex;flex-wrap:wrap;gap:10px 40px;max-height:520px;overflow:auto} .unt-numbers :is(td,th){padding:1px 12px 1px 0!important} .unt-numbers td:first-child{max-width:260px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap} .unt-log{max-height:340px;overflow:auto} .unt-form .unt-sheets{gap:12px;flex-wrap:wrap;align-items:flex-start} .unt-panel .unt-sheet{flex:1 1 320px;max-width:660px;overflow:hidden} .unt-photo{image-rendering:auto;margin:0!important}
 .unt-sheet .widget-html{margin:0!important} .unt-columns{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:4px;height:22px;font-weight:600} .unt-columns span{overflow:hidden;text-overflow:ellipsis}
 .unt-sheets>.widget-html{flex:1 0 190px;align-self:stretch;margin:0!important;padding-top:22px} .unt-sheets>.widget-html>.widget-html-content{height:100%}
-.unt-rows{display:grid;grid-auto-rows:1fr;height:100%} .unt-rows>div{align-self:center;display:flex;flex-wrap:wrap;gap:0 8px;align-items:baseline} .unt-rows span{max-width:100%;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.unt-rows b{font-size:15px;font-variant-numeric:tabular-nums} .unt-legend{display:flex;flex-wrap:wrap;gap:2px 14px}
+.unt-rows{display:grid;grid-auto-rows:1fr;height:100%} .unt-rows>div{align-self:center;display:flex;flex-wrap:wrap;gap:0 8px;align-items:baseline} .unt-rows span{max-width:100%;overflow:hidden;text-overflow:ellipsis;white-space:nowrap} .unt-rows b{font-size:15px;font-variant-numeric:tabular-nums} .unt-legend{display:flex;flex-wrap:wrap;gap:2px 14px}
 .unt-key{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:5px;vertical-align:-1px}
 .unt-panel .unt-scrub{margin:4px 2px 8px 16px} .unt-scrub .noUi-handle{visibility:hidden} .unt-panel .unt-scrub .noUi-handle::before{content:"";visibility:visible;display:block;position:absolute;
   inset:-1px;width:auto;height:auto;border:1px solid var(--jp-border-color0,#8b949e);border-radius:50%;background:var(--jp-layout-color1,#fff);cursor:grab}
 .unt-panel .unt-scrub .noUi-handle:hover::before{border-color:#0072B2;background:#0072B2}
-.unt-still,.unt-gone{display:none} .unt-panel.jupyter-widgets-disconnected .unt-gone{display:block} .jupyter-widgets-disconnected .unt-stale{display:none}
-.unt-panel.jupyter-widgets-disconnected::before,.unt-panel .jupyter-widgets-disconnected::before{content:none}
+.unt-still,.unt-gone{display:none} .unt-panel.jupyter-widgets-disconnected .unt-gone{display:block} .jupyter-widgets-disconnected .unt-stale{display:none} .unt-panel.jupyter-widgets-disconnected::before,.unt-panel .jupyter-widgets-disconnected::before{content:none}
 .jupyter-widgets-disconnected .unt-badge{font-size:0;background:#5f6b7a!important} .jupyter-widgets-disconnected .unt-badge::after{content:"kernel gone";font-size:12px}
 .jupyter-widgets-disconnected :is(button,input,select,.noUi-target){filter:grayscale(1) opacity(.4);pointer-events:none;interactivity:inert}
 .unt-spoken{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
@@ -287,6 +280,21 @@ _TABS = """.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin
 @keyframes unt-show{to{visibility:visible;position:static}}
 """
 
-STYLE = f"<style>{_FRAME}{_TABS}</style>"
+_FOCUS = """const panel = this.closest('.unt-panel'), was = window.untFocus ??= {}, place = () => panel.closest('.jp-OutputArea');
+const all = () => [...panel.querySelectorAll('button,input,select,[role=tab]')];
+const look = () => {
+  const at = was.at, mine = at && (at.isConnected ? at.disabled && panel.contains(at) : was.place === place());
+  if (!mine || ![document.body, at].includes(document.activeElement)) return;
+  const same = all()[was.index];
+  (same && !same.disabled ? same : panel.querySelector('.unt-buttons button:enabled'))?.focus({preventScroll: true});
+};
+panel.addEventListener('focusin', event => Object.assign(was, {at: event.target, index: all().indexOf(event.target), place: place()}));
+panel.addEventListener('focusout', ({target}) => setTimeout(() => {
+  if (was.at === target && document.activeElement !== target && target.isConnected && !target.disabled) was.at = null;
+}));
+new MutationObserver(() => setTimeout(look, 50)).observe(panel, {subtree: true, attributeFilter: ['disabled']});
+setTimeout(look, 50);"""
+
+STYLE = f'<style onload="{_FOCUS}">{_FRAME}{_TABS}</style>'
 _WORDS = "This panel's kernel is gone. Run the cell again: the new panel offers to go on from the last checkpoint."
 GONE = f'<div class="unt-gone unt-message unt-warn" role="alert">{_WORDS}</div>'
