@@ -193,6 +193,7 @@ def log_html(
     rows = [(f"{event['epoch']:.2f}", f"{event['step']:,}", _WORDS.get(event["kind"], event["kind"]), event["text"]) for event in reversed(events)]
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[:most])
     more = f"<p class='unt-soft'>and {len(rows) - most:,} earlier</p>" if len(rows) > most else ""
-    seen = "".join(f"<li>{html.escape(text)}</li>" for text in dict.fromkeys(reversed(told)))
+    marked = {row[-1] for row in rows[:most]}
+    seen = "".join(f"<li>{html.escape(text)}</li>" for text in dict.fromkeys(reversed(told)) if text not in marked)
     table = f"<table><tr><th>epoch</th><th>step</th><th>what</th><th>details</th></tr>{body}</table>" if rows else "<p class='unt-soft'>Nothing yet: changes, pauses, saves and problems come here.</p>"
     return f'<div class="unt-log" tabindex="0" role="region" aria-label="Log">{table}{more}{f"<p>Reported:</p><ul>{seen}</ul>" if seen else ""}</div>'
