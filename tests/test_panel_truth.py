@@ -7,6 +7,7 @@ import torch
 
 from unet_nbtrain import TrainerPanel, UNet, demo_dataloaders
 from unet_nbtrain.checkpoint import CheckpointError
+from unet_nbtrain.watcher import Pump, Watcher
 
 LOADERS = demo_dataloaders(n_train=8, n_val=4, size=32, batch_size=2, augment=None)
 
@@ -195,3 +196,15 @@ def test_masks_that_cannot_be_right_are_told_once(tmp_path):
     panel.controls["primary"].click()
     panel._paint(False)
     assert "Not done (start)" in panel._widgets.buttons.note.value and "cannot be right" not in text_of(panel)
+
+
+def test_the_first_numbers_are_drawn_at_once():
+    """However long the empty picture before them has taken; from then on pictures have their pace"""
+    drawn, watcher = [], Watcher()
+    pump = Pump(drawn.append, watcher)
+    for rows in (False, True, True):
+        pump.pictures.postpone(60)
+        pump.late.postpone(60)
+        watcher.new_rows = rows
+        pump._paint(False, False)
+    assert drawn == [False, True, False]

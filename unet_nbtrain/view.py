@@ -249,7 +249,7 @@ _FRAME = """
 .unt-data>div{display:flex;flex-wrap:wrap;gap:6px 28px;padding-top:6px;max-height:420px;overflow:auto} .unt-data>div>div{flex:1 1 min(360px,100%);min-width:0} .unt-panel .unt-plot{min-width:640px} .unt-panel summary{cursor:pointer} .unt-panel input:disabled{opacity:.55}
 .unt-warn{background:#fff4ce;color:#4d3800} body:is([data-jp-theme-light='false'],.vscode-dark) .unt-warn{background:#3a2f0b;color:#f7e3a6} .unt-warn pre{white-space:pre-wrap;font-size:12px;max-height:300px;overflow:auto;color:inherit}
 .unt-quiet{background:var(--jp-layout-color2,#f6f7f9)} .unt-wrong{color:var(--jp-error-color1,#b3261e)} .unt-waits{font-style:italic}
-.unt-panel .widget-html{height:auto} .unt-note{align-self:center;margin-left:6px;color:var(--jp-ui-font-color2,#57606a)}
+.unt-panel .widget-html{height:auto} .unt-note .widget-html-content{max-height:7em;overflow:auto} .unt-note{align-self:center;margin-left:6px;color:var(--jp-ui-font-color2,#57606a)}
 .unt-panel button:disabled{opacity:.45} .unt-panel button .fa{margin-right:6px} .unt-pending{background-image:linear-gradient(45deg,rgba(255,255,255,.35) 25%,transparent 25% 50%,rgba(255,255,255,.35) 50% 75%,transparent 75%)!important;
   background-size:20px 20px!important;animation:unt-move 1s linear infinite}
 @keyframes unt-move{to{background-position:20px 0}} @media(prefers-reduced-motion:reduce){.unt-pending{animation:none}}

@@ -199,7 +199,7 @@ class Pump(_Pictures):
             self.watcher.urgent.wait(self.TEXT_EVERY)
 
     def _paint(self, urgent, new_state):
-        with_picture = self.pictures.due or (self.watcher.new_rows and self.late.due) or (urgent and not self.painter.busy())
+        with_picture = self.pictures.due or (self.watcher.new_rows and (self.late.due or not self._warm)) or (urgent and not self.painter.busy())
         with self._counted() if with_picture else nullcontext():
             try:
                 if with_picture and new_state:
