@@ -280,7 +280,7 @@ _TABS = """.unt-tabs{border-top:1px solid var(--jp-border-color2,#d5d9de);margin
 @keyframes unt-show{to{visibility:visible;position:static}}
 """
 
-_FOCUS = """const panel = this.closest('.unt-panel'), was = window.untFocus ??= {}, place = () => panel.closest('.jp-OutputArea');
+_FOCUS = """const panel = this.closest('.unt-panel') ?? this, was = window.untFocus ??= {}, place = () => panel.closest('.jp-OutputArea');
 const all = () => [...panel.querySelectorAll('button,input,select,[role=tab]')];
 const look = () => {
   const at = was.at, mine = at && (at.isConnected ? at.disabled && panel.contains(at) : was.place === place());
