@@ -366,6 +366,26 @@ def test_the_norm_of_a_step_that_is_done_again_counts_once(make, loaders, monkey
     assert len(calls) == 3 and seen == [(1, 1), (2, 2)]
 
 
+class SetAtEpoch:
+    """A command that comes when the second epoch begins"""
+
+    def __init__(self, name, value):
+        self.command, self.seen = (name, value), []
+
+    def on_epoch_start(self, trainer):
+        if trainer.current_epoch == 1:
+            trainer.run.set(*self.command)
+
+    def on_batch_end(self, trainer, loss):
+        if trainer.phase == "train":
+            self.seen.append(trainer._train_meter.threshold)
+
+
+def test_a_threshold_that_is_set_before_the_first_batch_counts_from_there(make):
+    make(observers=[watch := SetAtEpoch("threshold", 0.3)]).train(2)
+    assert watch.seen == [0.5, 0.5, 0.3, 0.3]
+
+
 # Ends and beginnings that cross each other
 
 

@@ -185,8 +185,6 @@ class _Training(_Learning):
         self._come_to_a_place_there_is()
         self.model.train()
         self.model.zero_grad(set_to_none=True)  # Somebody may have tried a batch; the optimizer may not know all parameters
-        if self._start_batch == 0:
-            self._train_meter.threshold = self.threshold
         self._within_memory(self._train_batches)
         self._look_at_bad_steps()
         if self._skipped and self._train_meter.is_empty:
@@ -210,6 +208,8 @@ class _Training(_Learning):
         "All that is left of the epoch"
         group, weights = 0, 0.0
         for images, masks in self._feed(self.train_loader, "train", self.current_epoch, self._start_batch):
+            if self._train_meter.is_empty:  # Only now all commands of before the first batch are carried out
+                self._train_meter.threshold = self.threshold
             if group == 0:
                 self._boundary = self._start_batch, self._images
                 self._train_meter.open()
