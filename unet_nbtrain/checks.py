@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_seed', 'check_loader', 'shared_samples', 'check_criterion', 'check_loss', 'check_step', 'check_trainable',
-           'check_folder', 'check_movers', 'check_strays']
+           'check_folder', 'check_movers', 'check_strays', 'check_batch', 'odd_range']
 
 # %% ../nbs/13_checks.ipynb #25dac763
 import inspect
@@ -190,3 +190,77 @@ def check_strays(
             raise AttributeError(f"{kind.__name__} has no attribute 'amp': the precision is settled when it is made, {kind.__name__}(…, amp={trainer.amp!r}).")
         if not (name.startswith("_") or name in known or hasattr(kind, name)) and (close := get_close_matches(name, known, 1, 0.8)):
             raise AttributeError(f"{kind.__name__} has no attribute {name!r}; did you mean {close[0]}? If it is a note of yours, give it another name.")
+
+# %% ../nbs/13_checks.ipynb #22bd8ba8
+_COMPUTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def check_batch(
+    images: torch.Tensor,  # (N, C, H, W), before it goes to the device
+    masks: torch.Tensor,  # (N, H, W) or (N, 1, H, W)
+    n_classes: int | None = None,  # Of the model; 1 is binary; `None` checks only the shapes
+    ignore_index: int | None = None,  # Mask value that counts nowhere
+    spared: int = 0,  # How many of its images may have pixels that are NaN or infinite
+    which: str = "first batch",  # What it is called in an error
+) -> None:
+    "Look at the first batch and raise `ValueError` with the remedy if a training on such batches cannot work."
+    for name, given, remedy in (("images", images, "images.float() / 65535 where they have 16 bits"), ("masks", masks, "masks.long()")):
+        if given.dtype not in _COMPUTABLE:
+            raise ValueError(f"The {name} of the {which} are {given.dtype}, with which PyTorch hardly computes. Convert them: {remedy}.")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"Images must have shape (N, C, H, W); the {which} has {tuple(images.shape)}.")
+    plane = masks[:, 0] if masks.ndim == 4 and masks.shape[1] == 1 else masks
+    if plane.shape != (len(images), *images.shape[2:]):
+        raise ValueError(_wrong_shapes(images.shape, masks.shape, which))
+    if images.is_floating_point() and (~torch.isfinite(images)).flatten(1).any(1).sum() > spared:
+        raise ValueError(f"The {which} has pixels that are NaN or infinite. Clean the images before training.")
+    values = plane.unique()
+    values = values[values != ignore_index] if ignore_index is not None else values
+    if n_classes is not None and not _are_labels(values, max(n_classes, 2)):
+        raise ValueError(_wrong_values(values, n_classes, which))
+
+
+def _wrong_shapes(images, masks, which):
+    "Why masks and images of these shapes do not go together, and what would help"
+    if images[-1] in (1, 3, 4) and images[:3] in (masks[:3], masks[:1] + masks[2:]):
+        last = " The masks have theirs last too." * (len(masks) == 4 and masks[-1] == 1)
+        return f"The images of the {which} have their channels last, {tuple(images)}. They must be (N, C, H, W): images.permute(0, 3, 1, 2).{last}"
+    one_hot = " One-hot masks must be turned into class indices: argmax(1)." if len(masks) == 4 and masks[1] > 1 else ""
+    return f"Masks of shape {tuple(masks)} do not fit images of shape {tuple(images)} in the {which}: they must be (N, H, W) or (N, 1, H, W) with the same N, H and W.{one_hot}"
+
+
+def _are_labels(values, n):
+    "Whether all values are whole numbers in 0..n-1"
+    return bool(((values >= 0) & (values < n) & (values == values.round() if values.is_floating_point() else values == values)).all())
+
+
+def _wrong_values(values, n_classes, which):
+    "What is wrong with these mask values, and what would help"
+    shown = ", ".join(f"{v:g}" for v in values[:8].tolist()) + (" …" if len(values) > 8 else "")
+    needed = "0 and 1" if n_classes == 1 else f"the class indices 0 to {n_classes - 1}"
+    hint = "Give the model as many classes as the masks have, or name the value to skip as ignore_index"
+    if n_classes == 1 and set(values.tolist()) <= {0, 255}:
+        hint = "Divide masks of 0 and 255 by 255, or load them with create_dataloaders, which does it"
+    elif n_classes == 1:
+        hint = f"Say which of them are the foreground, as in (masks > 0).float(). {hint}"
+    return f"The masks of the {which} hold the values {shown}, but a model with n_classes={n_classes} needs {needed}. {hint}."
+
+# %% ../nbs/13_checks.ipynb #38433e2f
+_FAR = 20  # Beyond any normalised image
+
+
+def odd_range(
+    images: torch.Tensor,  # (N, C, H, W), before it goes to the device
+    which: str = "first batch",  # What it is called in the sentence
+) -> str:  # A sentence for the user; empty for bytes and for floats as they should be
+    "What is odd about the numbers in images."
+    values = images[images.isfinite()] if images.is_floating_point() else images
+    if images.dtype in (torch.uint8, torch.bool) or not values.numel():
+        return ""
+    low, high = (o.item() for o in values.aminmax())
+    if images.is_floating_point() and max(-low, high) <= _FAR:
+        return ""
+    return (
+        f"The images of the {which} are {images.dtype} from {low:g} to {high:g}. They are taken as they are, but files that are predicted later are read as "
+        "numbers in [0, 1]: divide the images by 255 (of 16 bits: by 65535), or yield torch.uint8, which is divided here. If this is their scale, never mind."
+    )

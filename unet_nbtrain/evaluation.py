@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .checks import check_loss
+from .checks import check_batch, check_loss
 from .core import dataset_attribute, get_amp_dtype, move, on_card, split_batch
-from .epoch import EpochMeter, batch_weight, check_batch, loss_weights
+from .epoch import EpochMeter, batch_weight, loss_weights
 from .file_names import relative_names
 from .image_files import check_foreground, count_values, read_image, read_labels, read_mask, read_pair_header
 from .inference import UNetPredictor, evaluation_mode

@@ -257,8 +257,7 @@ class UNetTrainer(_Beginnings):
     Live settings, also as keywords here: `lr`, `patience`, `min_delta`, `gradient_clip_norm`, `accumulate_gradients`,
     `ema_decay`, `threshold`, `save_every_n_epochs`, `save_every_n_steps`, `save_every_n_minutes`, `save_top_k`, `keep_epochs`,
     and what to do in an accident: `on_nonfinite`, `nonfinite_limit`, `on_bad_sample`, `on_oom`. Before a run: `compile`,
-    `cuda_graph`, `channels_last`, `checkpoint` and `memory_budget` say how a batch is computed, and `deterministic=True`
-    buys bit-exactness on CUDA.
+    `cuda_graph`, `channels_last`, `checkpoint` and `memory_budget` say how a batch is computed; `deterministic=True`: bit-exact on CUDA.
     To read: `current_epoch`, `global_step`, `best_val_loss`, `early_stopping`, `history`, `model`, `run`, `observers`.
     """
 

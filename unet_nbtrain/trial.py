@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from .core import dataset_attribute, fresh_scaler, length_of, move, on_card, split_batch
-from .epoch import check_batch
+from .checks import check_batch
 from .samples import Randomness
 from .sampling import ResumableBatchSampler, unless_seeded
 from .text import format_duration, format_rate, short_number
