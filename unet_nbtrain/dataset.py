@@ -21,11 +21,11 @@ from .crops import RandomCrop, class_places
 from .data_options import as_class_names, as_pipeline, as_plain, as_statistics, as_values, check_options, check_sizes, common_channels
 from .demo_data import draw_cells
 from .file_names import relative_names
-from .image_files import ImageHeader, check_foreground, read_pair_header
+from .image_files import check_foreground, read_pair_header
 from .pairing import pair_files
 from .sampling import ReadyBatch, default_workers, make_loader
 from .splits import split_positions
-from .stored_pairs import StoredPairs, choose_place, in_threads
+from .stored_pairs import Compared, StoredPairs, choose_place, in_threads
 from .transforms import as_size, channel_moments, common_size, normalize_image, pad_pair, pool_moments, prepare_image
 
 _log = logging.getLogger(__name__)
@@ -129,7 +129,6 @@ class SegmentationDataset(_WholeBatches):
         names: Sequence[str] | None = None,  # For messages; `None`: file names or numbers
         seed: int = 0,  # Crops and augmentation are a function of this, the epoch and the index
         cache: bool | str | Path = True,  # Decode everything now and keep it in memory; `'disk'` or a folder: keep it there
-        headers: Sequence[ImageHeader] | None = None,  # From `read_pair_header`; `None`: of files, image and mask are compared now
     ):
         check_options(batch_size=1, n_classes=n_classes, foreground=foreground, ignore_index=ignore_index, pad=pad, seed=seed, cache=cache, colors=colors)
         self.class_names, self.augment, self.seed = as_class_names(class_names, n_classes), augment, seed
@@ -137,7 +136,7 @@ class SegmentationDataset(_WholeBatches):
         self.crop = crop if isinstance(crop, RandomCrop) or crop is None else RandomCrop(as_size(crop, "crop"), 0.0, ignore_index)
         super().__init__(
             images, masks, n_classes, foreground=foreground, ignore_index=ignore_index, colors=colors, n_channels=n_channels,
-            image_size=image_size, names=names, headers=headers,
+            image_size=image_size, names=names,
         )  # fmt: skip
         given = as_statistics(normalize, self.n_channels)
         self.keep(cache)
@@ -252,9 +251,9 @@ def create_dataloaders(
     crops, margin = window and RandomCrop(window, foreground_crops, ignore_index), common_size(pad, sizes)
     check_sizes([sizes[i] for i in parts[0]], batch_size, window or margin)
     options |= dict(n_channels=n_channels, cache=choose_place(headers, resize, [image for image, _ in pairs]) if str(cache) == "auto" else cache)
-    of_train, of_val = (dict(zip(("images", "masks", "headers"), zip(*((*pairs[i], headers[i]) for i in part)))) for part in parts)
-    train = SegmentationDataset(**of_train, crop=crops, pad=None if crops else margin, augment=pipeline, normalize=normalize, **options)
-    held_out = SegmentationDataset(**of_val, pad=margin, normalize=train.mean and (train.mean, train.std), **options)
+    of_train, of_val = ((images, Compared(masks)) for images, masks in (zip(*(pairs[i] for i in part)) for part in parts))
+    train = SegmentationDataset(*of_train, crop=crops, pad=None if crops else margin, augment=pipeline, normalize=normalize, **options)
+    held_out = SegmentationDataset(*of_val, pad=margin, normalize=train.mean and (train.mean, train.std), **options)
     augment_batches(train) if augment_on == "device" else None
     return _loaders(train, held_out, batch_size, num_workers, margin or len({sizes[i] for i in parts[1]}) == 1)
 
