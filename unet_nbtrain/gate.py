@@ -14,8 +14,8 @@ from contextlib import closing
 
 import torch
 
-from .core import Carrier, dataset_attribute, length_of, split_batch
 from .checks import check_batch, odd_range
+from .core import Carrier, dataset_attribute, length_of, split_batch
 from .epoch import claim, disclaim
 from .feeding import Feed
 from .state import TrainerState

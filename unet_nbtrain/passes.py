@@ -107,8 +107,7 @@ class _Fitting(_Forward):
         if self._ways:  # A captured graph keeps all the memory of a batch of the old size, in cycles
             self._ways.clear()
             gc.collect()
-        empty = torch.cuda.empty_cache if self.device.type == "cuda" else give_back
-        empty()
+        (torch.cuda.empty_cache if self.device.type == "cuda" else give_back)()
         parts, (where, what, then) = 2 * self._parts_now, _SPLIT[training := self.phase == "train"]
         setattr(self, "parts_per_batch" if training else "val_parts_per_batch", parts)
         self._report(
@@ -119,8 +118,9 @@ class _Fitting(_Forward):
 
     def _rewind(self):
         "After an error within a step: back to the last boundary, so that the images of a group that was not stepped come again"
-        (self._start_batch, self._images), self._train_meter.bad_samples = self._boundary, self._lost_before
+        self._start_batch, self._images = self._boundary
         self._train_meter.close(True)
+        self._train_meter.bad_samples = self._lost_before
         self._guard.put_back()
         self._losses.clear()
         self._drop_gradients()
