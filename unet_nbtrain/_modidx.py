@@ -137,6 +137,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unet_nbtrain.checks._are_labels': ('checks.html#_are_labels', 'unet_nbtrain/checks.py'),
                                      'unet_nbtrain.checks._check_made': ('checks.html#_check_made', 'unet_nbtrain/checks.py'),
                                      'unet_nbtrain.checks._files': ('checks.html#_files', 'unet_nbtrain/checks.py'),
+                                     'unet_nbtrain.checks._named': ('checks.html#_named', 'unet_nbtrain/checks.py'),
                                      'unet_nbtrain.checks._wrong_shapes': ('checks.html#_wrong_shapes', 'unet_nbtrain/checks.py'),
                                      'unet_nbtrain.checks._wrong_values': ('checks.html#_wrong_values', 'unet_nbtrain/checks.py'),
                                      'unet_nbtrain.checks.as_seed': ('checks.html#as_seed', 'unet_nbtrain/checks.py'),

@@ -107,6 +107,11 @@ def check_criterion(
         )
 
 # %% ../nbs/13_checks.ipynb #21339feb
+def _named(value):
+    "What something is, for an error"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def check_loss(
     loss: object,  # What a loss gave
     where: str,  # For which batch, e.g. `'batch 3 of the training of epoch 2'`
@@ -116,10 +121,13 @@ def check_loss(
         if loss.numel() != 1:
             raise ValueError(f"The loss of {where} has the shape {tuple(loss.shape)}, and a step needs one number. Return its mean: loss.mean().")
         return
-    advice = "Return the loss alone; one that gives its parts too can be wrapped: lambda logits, masks: loss(logits, masks)[0]."
-    if loss is None or hasattr(loss, "__float__"):
-        advice = "Does the function end without a return?" if loss is None else "Return the tensor without .item(), float() or NumPy: through a plain number comes no gradient."
-    raise TypeError(f"The loss of {where} is {'None' if loss is None else f'a {type(loss).__name__}'}, and a step needs a tensor with one number. {advice}")
+    if loss is None:
+        advice = "Does the function end without a return?"
+    elif hasattr(loss, "__float__"):
+        advice = "Return the tensor without .item(), float() or NumPy: through a plain number comes no gradient."
+    else:
+        advice = "Return the loss alone; one that gives its parts too can be wrapped: lambda logits, masks: loss(logits, masks)[0]."
+    raise TypeError(f"The loss of {where} is {_named(loss)}, and a step needs a tensor with one number. {advice}")
 
 
 def check_step(
@@ -128,14 +136,14 @@ def check_step(
 ) -> None:
     "Raise `TypeError` or `ValueError` for anything but a loss and logits. Reads nothing from the device."
     if not isinstance(given, (tuple, list)) or len(given) != 2:
-        what = f"{len(given)} things" if isinstance(given, (tuple, list)) else "None" if given is None else f"a {type(given).__name__}"
+        what = f"{len(given)} things" if isinstance(given, (tuple, list)) else _named(given)
         raise TypeError(f"training_step returned {what} for {where}. It must return two: (loss, logits).")
     loss, logits = given
     if isinstance(loss, torch.Tensor) and loss.ndim == 4 and isinstance(logits, torch.Tensor) and logits.numel() == 1:
         raise ValueError(f"training_step returned the logits first for {where}. It must return (loss, logits), in this order.")
     check_loss(loss, where)
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"training_step returned a {type(logits).__name__} as logits for {where}. Return one tensor (N, n_classes, H, W): the scores are counted from it.")
+        raise TypeError(f"training_step returned {_named(logits)} as logits for {where}. Return one tensor (N, n_classes, H, W): the scores are counted from it.")
 
 # %% ../nbs/13_checks.ipynb #87185724
 def check_trainable(
